@@ -1,0 +1,147 @@
+"""How answers look: one JSON object on stdout, or a few good-looking lines; complaints on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+debug = False
+VERDICTS = {
+    "promoted": "[bold green]promoted[/]",
+    "kept": "[bold yellow]kept[/] (the champion stays)",
+    "skipped": "[bold cyan]skipped[/] (nothing changed)",
+    "awaiting_approval": "[bold magenta]awaiting approval[/]",
+}
+
+
+def show(answer: dict[str, Any], *, as_json: bool, render: Callable[[dict[str, Any]], object]) -> None:
+    """Print an answer for a script or for a person."""
+    if as_json:
+        sys.stdout.write(json.dumps({key: value for key, value in _plain(answer).items() if key != "report_path"}) + "\n")
+        sys.stdout.flush()
+    else:
+        _stdout().print(render(answer))
+
+
+def show_prediction(row: dict[str, Any], *, as_json: bool) -> None:
+    """Print one row at once, so that a long list streams."""
+    if as_json:
+        text = json.dumps(row)
+    elif "error" in row:
+        text = f"{row['file']}: {row['error']}"
+    else:
+        text = f"{row['file']}: {row['class']} ({row['probability']:.1%})"
+    sys.stdout.write(text.encode("utf-8", "replace").decode() + "\n")
+    sys.stdout.flush()
+
+
+def say(text: str) -> None:
+    """One line for a person, on stderr."""
+    Console(stderr=True, highlight=False).print(text)
+
+
+def complain(text: str, error: BaseException | None = None) -> None:
+    """One short message on stderr; the traceback only with --debug."""
+    if debug and error is not None:
+        traceback.print_exception(error)
+    sys.stderr.write(f"unfreeze: {text}\n".encode("utf-8", "replace").decode())
+
+
+def retrain(answer: dict[str, Any]) -> Panel:
+    """The summary of a retraining: what was found, what serves, where everything is, what to try next."""
+    model, best, scores = answer["model"], answer["search"]["best"], answer["evaluation"]["challenger"]
+    dataset = answer["dataset"]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    name, version, serving = model["name"], model["version"], model["champion_version"]
+    challenger = "" if serving == version else f" (challenger: {version})"
+    quarantined = f", {dataset['quarantined']} quarantined" if dataset["quarantined"] else ""
+    found = f"unfreeze depth {best['unfreeze_depth']}, learning rate {best['lr']:.2g}"
+    table.add_row("verdict", f"{VERDICTS[answer['status']]}: {answer['decision']['reason']}")
+    table.add_row("serving", f"[bold]{name} version {serving}[/]{challenger}")
+    table.add_row("holdout", f"accuracy [bold]{_percent(scores['accuracy'])}[/] on {dataset['holdout']} images never trained on")
+    table.add_row("found", f"{found}: best of {answer['search']['trials']} trials (val {_percent(best['accuracy'])})")
+    if answer["fit"]["chosen"] == "probe":
+        table.add_row("[yellow]negative transfer[/]", answer["fit"]["chosen_reason"])
+    table.add_row("data", f"{dataset['images']} images, {dataset['classes']} classes{quarantined} (version {dataset['version'][:8]})")
+    table.add_row("published", f"{answer['publish']['uri']} ({answer['publish']['objects']} objects, verified)")
+    table.add_row("report", answer.get("report_path") or answer["report"])
+    table.add_row("time", _times(answer["seconds"]))
+    table.add_row("try next", f"[bold cyan]unfreeze predict {name}@champion IMAGE...[/]")
+    table.add_row("", "[bold cyan]unfreeze up[/] [dim](the web pages of MLflow, Prefect and Ray)[/]")
+    return Panel(
+        table, title=f"Unfreeze · {model['name']}", border_style="green" if answer["status"] == "promoted" else "cyan", expand=False
+    )
+
+
+def search(answer: dict[str, Any]) -> Table:
+    """The leaderboard of a search."""
+    best = answer["search"]["best"]
+    found = f"best: depth {best['unfreeze_depth']}, lr {best['lr']:.2g}, val {_percent(best['accuracy'])}"
+    table = Table(
+        title=f"{answer['search']['trials']} trials in {answer['search']['seconds']:.0f} s; {found}",
+        caption=answer["search"]["leaderboard_uri"],
+    )
+    for column in ("depth", "lr", "val accuracy", "epochs", "status", "seconds"):
+        table.add_column(column, justify="left" if column == "status" else "right")
+    for trial in sorted(answer["trials_detail"], key=lambda row: -(row["accuracy"] if row["accuracy"] is not None else -1))[:20]:
+        accuracy = _percent(trial["accuracy"])
+        table.add_row(
+            str(trial["unfreeze_depth"]), f"{trial['lr']:.2g}", accuracy, str(trial["epochs"]), trial["status"], f"{trial['seconds']:.1f}"
+        )
+    return table
+
+
+def verify(answer: dict[str, Any]) -> str:
+    """The result of a verification."""
+    if answer["verified"]:
+        return f"[green]verified[/]: {answer['objects']} objects at {answer['uri']} match their manifest"
+    lines = [f"[red]{row['problem']}[/]: {row['key']}" for row in answer["problems"]]
+    return "\n".join([f"{answer['uri']} does not match its manifest:", *lines])
+
+
+def status(answer: dict[str, Any]) -> Table:
+    """Services, their state and where to open them."""
+    table = Table(box=None, padding=(0, 2))
+    for column in ("service", "state", "address"):
+        table.add_column(column, overflow="fold")
+    colours = {"running": "green", "external": "cyan", "stopped": "dim"}
+    addresses = {"s3": ("endpoint",), "mlflow": ("uri",), "prefect": ("ui_url", "api_url"), "ray": ("dashboard_url", "address")}
+    for service, keys in addresses.items():
+        row = answer[service]
+        address = next((row[key] for key in keys if row.get(key)), None) or "-"
+        table.add_row(service, f"[{colours.get(row['state'], 'red')}]{row['state']}[/]", address)
+    return table
+
+
+def _times(seconds: dict[str, float]) -> str:
+    steps = ", ".join(f"{step} {value:.0f} s" for step, value in seconds.items() if step != "total" and value >= 1)
+    return f"{seconds['total']:.0f} s" + (f" ({steps})" if steps else "")
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _stdout() -> Console:
+    return Console(highlight=False)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: such figures become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

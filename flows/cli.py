@@ -1,0 +1,146 @@
+"""The command `unfreeze`: `unfreeze --help`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows import answers
+from infra.errors import UnfreezeError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Transfer learning that is searched, judged and published.",
+)
+
+DEMO_SPEC = Path(__file__).resolve().parent.parent / "examples" / "emoji.yaml"
+INTERRUPTED = 130
+
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The spec; examples/emoji.yaml is one to copy.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=value", help="Override one value of the spec; may be repeated.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
+
+
+@app.command()
+def demo(overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Run the main job on the bundled images."""
+    from flows import commands
+
+    answers.show(commands.retrain(DEMO_SPEC, overrides or []), as_json=as_json, render=answers.retrain)
+
+
+@app.command()
+def retrain(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Prepare, search, fit, evaluate, register, publish and promote the next version."""
+    from flows import commands
+
+    answers.show(commands.retrain(spec, overrides or []), as_json=as_json, render=answers.retrain)
+
+
+@app.command()
+def search(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """The search over unfreeze depth and learning rate alone."""
+    from flows import commands
+
+    answers.show(commands.search(spec, overrides or []), as_json=as_json, render=answers.search)
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(metavar="NAME[@alias or /version]", help="By default the champion.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Images, or folders of images.")],
+    as_json: AsJson = False,
+) -> None:
+    """Class and probability for each image."""
+    from flows import commands
+
+    for row in commands.predict(model, paths):
+        answers.show_prediction(row, as_json=as_json)
+
+
+@app.command()
+def verify(uri: Annotated[str, typer.Argument(metavar="URI", help="A published folder, as s3://...")], as_json: AsJson = False) -> None:
+    """Check every object of a published result against its manifest."""
+    from flows import commands
+
+    answer = commands.verify(uri)
+    answers.show(answer, as_json=as_json, render=answers.verify)
+    if not answer["verified"]:
+        raise typer.Exit(2)
+
+
+@app.command()
+def up(as_json: AsJson = False) -> None:
+    """Start the embedded stack as long-lived servers."""
+    from flows import commands
+
+    answers.show(commands.up(), as_json=as_json, render=answers.status)
+
+
+@app.command()
+def down() -> None:
+    """Stop the embedded stack."""
+    from flows import commands
+
+    commands.down()
+    answers.say("The embedded stack is stopped.")
+
+
+@app.command()
+def status(as_json: AsJson = False) -> None:
+    """Every address and credential of the services in use."""
+    from flows import commands
+
+    answers.show(commands.status(), as_json=as_json, render=answers.status)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the spec."""
+    from ray_jobs.spec import Spec
+
+    answers.show(Spec.model_json_schema(), as_json=True, render=answers.status)
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    answers.debug = debug
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; exit 0 done, 2 the user's mistake, 3 a service failed, 130 interrupted, 1 our bug."""
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        answer: Any = app(arguments, standalone_mode=False)
+    except KeyboardInterrupt:
+        answers.complain("Interrupted. The same command carries on where it was.")
+        return INTERRUPTED
+    except UnfreezeError as error:
+        answers.complain(str(error), error)
+        return error.exit_code
+    except typer.Abort:
+        return INTERRUPTED
+    except Exception as error:
+        return _unexpected(error)
+    return answer if isinstance(answer, int) else 0
+
+
+def _unexpected(error: Exception) -> int:
+    show = getattr(error, "show", None)  # click's own usage errors tell about themselves
+    if show is not None:
+        show()
+        return int(getattr(error, "exit_code", 2))
+    answers.complain(f"Unexpected {type(error).__name__}: {error}\nThis is a bug of ours; `unfreeze --debug ...` shows where.", error)
+    return 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What each command does: find or start the services it needs, then run a flow. Arguments in, plain values out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from infra import committed_folder, local_stack, progress, ray_cluster
+from infra.object_store import object_store, split_uri
+from ray_jobs.sources import open_source
+from ray_jobs.spec import Spec, load_spec
+
+
+def retrain(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The whole job; what `retrain --json` prints."""
+    spec = _checked(path, overrides)
+    with _services(spec):
+        from flows.retrain import retrain as flow
+        from tasks.policies import keep_results
+
+        answer: dict[str, Any] = keep_results(flow, spec)(spec)
+        return answer
+
+
+def search(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The search alone; what `search --json` prints."""
+    spec = _checked(path, overrides)
+    with _services(spec):
+        from flows.search import search as flow
+        from tasks.policies import keep_results
+
+        answer: dict[str, Any] = keep_results(flow, spec)(spec)
+        return answer
+
+
+def predict(model: str, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """One row a file, as soon as it is known."""
+    from tasks import prediction
+
+    files = prediction.find_files(paths)
+    reference = prediction.parse_reference(model)
+    with local_stack.session(["s3", "mlflow"], storage=local_stack.DEFAULT_STORAGE):
+        yield from prediction.predict(reference, files)
+
+
+def verify(uri: str) -> dict[str, Any]:
+    """Every object of a published folder against its manifest."""
+    split_uri(uri)
+    with local_stack.session(["s3"], storage=local_stack.DEFAULT_STORAGE), progress.step("Verifying"):
+        problems = committed_folder.verify(object_store(), uri)
+        manifest = committed_folder.read_manifest(object_store(), uri)
+    objects = len(manifest.objects) if manifest else 0
+    rows = [{"key": problem.key, "problem": problem.what} for problem in problems]
+    return {"uri": uri, "objects": objects, "verified": not problems, "problems": rows}
+
+
+def up() -> dict[str, Any]:
+    """Start the embedded stack; what `status --json` prints."""
+    with progress.step("Starting the embedded stack"):
+        answer: dict[str, Any] = local_stack.up()
+    return answer
+
+
+def down() -> None:
+    """Stop the embedded stack."""
+    local_stack.down()
+
+
+def status() -> dict[str, Any]:
+    """What `status --json` prints."""
+    answer: dict[str, Any] = local_stack.status()
+    return answer
+
+
+def _checked(path: Path, overrides: Sequence[str]) -> Spec:
+    """The spec, with what can be checked before any server starts."""
+    spec = load_spec(path, overrides)
+    if not spec.data.source.startswith("s3://"):
+        with open_source(spec.data):
+            pass
+    return spec
+
+
+@contextmanager
+def _services(spec: Spec) -> Iterator[None]:
+    """All four services, and one connection to Ray for all steps."""
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "50")  # our own progress speaks; Prefect's lines go to its server
+    with ExitStack() as exits:
+        with progress.step("Finding or starting the services"):
+            exits.enter_context(local_stack.session(["s3", "mlflow", "prefect", "ray"], storage=spec.storage))
+        exits.enter_context(ray_cluster.one_connection())
+        yield

@@ -1,0 +1,36 @@
+"""Every error that a person may see: what happened, and what to do about it.
+
+UnfreezeError
+ ├─ UserError      the user's mistake: spec, data, arguments       exit code 2
+ └─ ServiceError   a service could not be reached, or gave up      exit code 3
+
+Anything else that escapes is our own bug (exit code 1).
+"""
+
+from __future__ import annotations
+
+
+class UnfreezeError(Exception):
+    """What happened (with the value), and what to do about it."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, way_out: str = "") -> None:
+        super().__init__(what, way_out)  # all values, so that the error survives pickling between processes
+        self.what = what
+        self.way_out = way_out
+
+    def __str__(self) -> str:
+        return f"{self.what}\n{self.way_out}" if self.way_out else self.what
+
+
+class UserError(UnfreezeError, ValueError):
+    """The user's mistake: in the spec, the data or the arguments."""
+
+    exit_code = 2
+
+
+class ServiceError(UnfreezeError):
+    """A service could not be reached, refused, or gave up after retries."""
+
+    exit_code = 3

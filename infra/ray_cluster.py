@@ -1,0 +1,149 @@
+"""The seam to Ray: connect this process to the cluster of RAY_ADDRESS, quietly and within a bounded time, and say what it has."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infra.errors import ServiceError, UserError
+from infra.settings import cache_dir
+
+CONNECT_TIMEOUT_S = 15.0
+ATTEMPT_TIMEOUT_S = 5.0
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+CHECK_ALIVE = "Check that the Ray cluster is up, and RAY_ADDRESS, RAY_AUTH_MODE and RAY_AUTH_TOKEN; the same command carries on."
+ROOT = Path(__file__).parents[1]
+_keeps_open: ContextVar[bool] = ContextVar("keeps_open", default=False)
+FOR_WORKERS = ("AWS_", "UNFREEZE_CACHE_DIR", "RAY_USAGE_STATS_ENABLED", "NO_PROXY", "no_proxy")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the cluster has in all, whether or not it is in use."""
+
+    address: str
+    cpus: float
+    gpus: float
+
+    def require(self, cpus: float, gpus: float, what: str) -> None:
+        """Raise UserError where `what` can never fit, so that nobody waits for a machine that does not come."""
+        short = [
+            f"{needed:g} {unit} (it has {there:g})"
+            for unit, needed, there in (("CPUs", cpus, self.cpus), ("GPUs", gpus, self.gpus))
+            if needed > there
+        ]
+        if short:
+            raise UserError(
+                f"{what} needs {' and '.join(short)} on the Ray cluster at {self.address}.",
+                "Ask for less in the spec, or name a larger cluster with RAY_ADDRESS (for the embedded one: UNFREEZE_NUM_CPUS).",
+            )
+
+
+@contextmanager
+def connect() -> Iterator[Cluster]:
+    """Connect to the cluster of RAY_ADDRESS for the body. Raises ServiceError where it does not answer."""
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        raise ServiceError("RAY_ADDRESS is not set.", "Name a cluster as host:port, or run inside the embedded stack.")
+    _refresh()
+    import ray
+
+    if ray.is_initialized():  # a caller further out holds the connection
+        yield _described(address)
+        return
+    _require_answer(address)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_environment(address))
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ServiceError(f"Ray at {address} refused this process: {error}", CHECK_ALIVE) from error
+    try:
+        yield _described(address)
+    finally:
+        if not _keeps_open.get():
+            ray.shutdown()
+
+
+@contextmanager
+def one_connection() -> Iterator[None]:
+    """For the body, what the first `connect` opens stays open: workers with torch loaded outlive the step that started them."""
+    token = _keeps_open.set(True)
+    try:
+        yield
+    finally:
+        _keeps_open.reset(token)
+        if "ray" in sys.modules:
+            import ray
+
+            ray.shutdown()
+
+
+def runtime_environment(address: str) -> dict[str, Any]:
+    """What every worker gets: the way to S3, the cache, and, on machines other than this one, our code."""
+    variables = {name: value for name, value in os.environ.items() if name.startswith(FOR_WORKERS) and name != "AWS_CA_BUNDLE"}
+    if address.rpartition(":")[0] in LOOPBACK:
+        return {"env_vars": {**variables, "UNFREEZE_CACHE_DIR": str(cache_dir())}}
+    return {"env_vars": variables, "py_modules": [str(ROOT / "ray_jobs"), str(ROOT / "infra")]}
+
+
+def _described(address: str) -> Cluster:
+    import ray
+
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return Cluster(address, float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0)))
+
+
+def _refresh() -> None:
+    """Make Ray see today's variables: it reads these once, on import, which may have been before the embedded stack set them."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or ray.init warns about a coming default
+    from ray._private import ray_constants
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(LOOPBACK_ONLY, "1") != "0"
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _require_answer(address: str) -> None:
+    """Ask the head who it is. Ray itself would go on asking for many minutes, and write each time about it."""
+    if "://" in address or address in {"auto", "local"}:
+        return None
+    deadline, last = time.monotonic() + CONNECT_TIMEOUT_S, "no answer"
+    while time.monotonic() < deadline:
+        try:
+            return _ask(address)
+        except _SilentError as error:
+            last = str(error)
+            time.sleep(0.5)
+    raise ServiceError(f"No Ray cluster answers at {address}: {last}.", CHECK_ALIVE)
+
+
+class _SilentError(Exception):
+    """The head has not answered this time."""
+
+
+def _ask(address: str) -> None:
+    import grpc  # type: ignore[import-untyped]
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+    from ray._private.services import canonicalize_bootstrap_address
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    metadata = [(name.lower(), value) for name, value in get_auth_headers_if_auth_enabled({}).items()]
+    with grpc.insecure_channel(canonicalize_bootstrap_address(address), options=[("grpc.enable_http_proxy", 0)]) as channel:
+        stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)  # type: ignore[no-untyped-call]
+        try:
+            question = gcs_service_pb2.GetClusterIdRequest()  # type: ignore[attr-defined]
+            stub.GetClusterId(question, timeout=ATTEMPT_TIMEOUT_S, metadata=metadata)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                raise ServiceError(f"Ray at {address} refused the token: {error.details()}.", CHECK_ALIVE) from None
+            raise _SilentError(f"{error.code().name.lower()}: {error.details()}") from None

@@ -1,0 +1,73 @@
+"""Where things are on this machine, and which services are the team's own: each tool's variables first, then UNFREEZE_*."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, get_args
+
+from pydantic import AliasChoices, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from infra.errors import UserError
+
+ServiceName = Literal["s3", "mlflow", "prefect", "ray"]
+SERVICES: tuple[ServiceName, ...] = get_args(ServiceName)
+
+
+class Settings(BaseSettings):
+    """The environment of one process, read once when constructed; a set-but-empty variable counts as not set."""
+
+    model_config = SettingsConfigDict(env_prefix="UNFREEZE_", env_ignore_empty=True, extra="ignore")
+
+    aws_endpoint_url: str | None = Field(default=None, validation_alias=AliasChoices("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
+    mlflow_tracking_uri: str | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI")
+    prefect_api_url: str | None = Field(default=None, validation_alias="PREFECT_API_URL")
+    ray_address: str | None = Field(default=None, validation_alias="RAY_ADDRESS")
+
+    home: Path = Field(default=Path(".unfreeze"), description="State of the embedded stack.")
+    cache_dir: Path | None = Field(default=None, description="Scratch of this machine; the default is `cache` in the home.")
+    num_cpus: float | None = Field(default=None, gt=0, description="CPUs of the embedded Ray; the default is all of the machine's.")
+    start_timeout_s: float = Field(default=180.0, gt=0, description="How long one embedded service may take to answer.")
+
+    def external(self, service: ServiceName) -> str | None:
+        """The address of a service that is the team's own: used, never started or stopped. None where it is embedded."""
+        addresses = {
+            "s3": self.aws_endpoint_url,
+            "mlflow": self.mlflow_tracking_uri,
+            "prefect": self.prefect_api_url,
+            "ray": self.ray_address,
+        }
+        return addresses[service]
+
+
+def load() -> Settings:
+    """The settings of this process's environment. Raises UserError naming each wrong variable."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        mistakes = [f"UNFREEZE_{str(mistake['loc'][0]).upper()}={mistake['input']}: {mistake['msg']}" for mistake in error.errors()]
+        raise UserError("\n".join(mistakes), "Correct or unset the variable.") from None
+
+
+def home_dir() -> Path:
+    """UNFREEZE_HOME, absolute, made with mode 0700 where missing."""
+    return _private_dir(load().home.expanduser().absolute())
+
+
+def cache_dir() -> Path:
+    """UNFREEZE_CACHE_DIR, or `cache` in the home; absolute, made with mode 0700 where missing."""
+    chosen = load().cache_dir
+    return _private_dir(chosen.expanduser().absolute() if chosen else home_dir() / "cache")
+
+
+def _private_dir(path: Path) -> Path:
+    if path.is_dir():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be made a folder: {error.strerror}.", "Name another one with UNFREEZE_HOME or UNFREEZE_CACHE_DIR."
+        ) from error
+    return path

@@ -1,0 +1,156 @@
+"""The seam to MLflow's runs: whole, finished runs, each written once under an identity made of content.
+
+A run is created, filled and ended in one go by one process, so none stays RUNNING for longer than that takes. What a
+killed process left half-written is found by its identity, deleted and written again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from infra.errors import ServiceError
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
+
+IDENTITY_TAG = "unfreeze.identity"
+WRITERS = 8
+BATCH_METRICS = 1000
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One value of a metric at a step (an epoch), at a time in ms since 1970."""
+
+    name: str
+    value: float
+    step: int = 0
+    at_ms: int = 0
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A whole run: who it is, what it was given, what it measured, when."""
+
+    identity: str
+    name: str
+    tags: Mapping[str, str]
+    params: Mapping[str, object]
+    metrics: Sequence[Metric]
+    started_ms: int
+    ended_ms: int
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED"
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Local files or folders by their artifact folder ("" is the root)."""
+
+
+@cache
+def client() -> MlflowClient:
+    """This process's MLflow client, with bounded retries."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow
+    from mlflow.tracking import MlflowClient
+
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    mlflow.set_tracking_uri(uri)
+    return MlflowClient(uri)
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn MLflow's errors into ours."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        where = os.environ.get("MLFLOW_TRACKING_URI", "")
+        raise ServiceError(
+            f"MLflow at {where} refused or did not answer: {error}", "Check MLFLOW_TRACKING_URI and that the server is up."
+        ) from error
+
+
+def experiment_id(name: str) -> str:
+    """The id of the experiment `name`, created where missing."""
+    from mlflow.exceptions import MlflowException
+
+    with translated():
+        found = client().get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        try:
+            return str(client().create_experiment(name))
+        except MlflowException:  # another process was faster
+            found = client().get_experiment_by_name(name)
+            if found is None:
+                raise
+            return str(found.experiment_id)
+
+
+def write_run(experiment: str, record: RunRecord) -> str:
+    """Write one run, or find it written; its run id."""
+    with translated():
+        kept = _keep_finished(experiment, f"tags.`{IDENTITY_TAG}` = '{record.identity}'")
+        return kept.get(record.identity) or _write(experiment, record, parent=None)
+
+
+def write_children(experiment: str, parent_run_id: str, records: Sequence[RunRecord]) -> None:
+    """Write the child runs of a run, side by side; those already written are left alone."""
+    with translated():
+        kept = _keep_finished(experiment, f"tags.`mlflow.parentRunId` = '{parent_run_id}'")
+        missing = [record for record in records if record.identity not in kept]
+        with ThreadPoolExecutor(WRITERS) as pool:
+            list(pool.map(lambda record: _write(experiment, record, parent=parent_run_id), missing))
+
+
+def _keep_finished(experiment: str, query: str) -> dict[str, str]:
+    """Run ids by identity of the ended runs that match; half-written ones are deleted."""
+    kept: dict[str, str] = {}
+    for run in _search(experiment, query):
+        if run.info.status == "RUNNING":
+            client().delete_run(run.info.run_id)
+        else:
+            kept[run.data.tags[IDENTITY_TAG]] = run.info.run_id
+    return kept
+
+
+def _search(experiment: str, query: str) -> Iterator[Run]:
+    token: str | None = None
+    while True:
+        page = client().search_runs([experiment], query, max_results=1000, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _write(experiment: str, record: RunRecord, *, parent: str | None) -> str:
+    import mlflow.entities as entities
+
+    tags = {**record.tags, IDENTITY_TAG: record.identity} | ({"mlflow.parentRunId": parent} if parent else {})
+    run = client().create_run(experiment, start_time=record.started_ms, tags=tags, run_name=record.name)
+    run_id: str = run.info.run_id
+    metrics = [entities.Metric(m.name, m.value, m.at_ms or record.ended_ms, m.step) for m in record.metrics]
+    params = [entities.Param(key, str(value)) for key, value in record.params.items()]
+    client().log_batch(run_id, metrics=metrics[:BATCH_METRICS], params=params)
+    for start in range(BATCH_METRICS, len(metrics), BATCH_METRICS):
+        client().log_batch(run_id, metrics=metrics[start : start + BATCH_METRICS])
+    for folder, path in record.files.items():
+        if path.is_dir():
+            client().log_artifacts(run_id, str(path), folder or None)
+        else:
+            client().log_artifact(run_id, str(path), folder or None)
+    client().set_terminated(run_id, record.status, record.ended_ms)
+    return run_id

@@ -1,0 +1,314 @@
+"""The training of one rank: the winner of the search, from original images, augmented afresh each epoch.
+
+Every random choice is a function of (seed, epoch, step or image), so a fit that was stopped and resumed from a checkpoint
+equals one that was not. Works in one bare process (world size 1) and under torch.distributed.
+Shapes: N images, B images of one rank's step, K classes, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from safetensors.torch import load as from_safetensors
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from infra.committed_folder import fetch
+from infra.object_store import ObjectStore, join_uri
+from ray_jobs import augment, backbone, checkpoint, images, model_folder
+from ray_jobs.checkpoint import Checkpoint, CheckpointWriter, Tensors
+from ray_jobs.dataset import open_dataset
+from ray_jobs.fit_plan import EpochRow, Plan, batches_of_rank, choose, is_better, lr_at, rows_of_rank, steps_per_epoch
+from ray_jobs.images import Images, Range
+from ray_jobs.model_folder import Preprocessing
+from ray_jobs.train_loop import class_weights
+
+log = logging.getLogger(__name__)
+
+EVAL_BATCH = 128
+
+OnEpoch = Callable[[EpochRow], None]
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Which of the workers this is, and what it computes on."""
+
+    number: int
+    world: int
+    device: torch.device
+
+
+class Training:
+    """One rank of a fit."""
+
+    def __init__(self, plan: Plan, rank: Rank, store: ObjectStore, cache: Path) -> None:
+        self.plan, self.rank, self.store, self.cache = plan, rank, store, cache
+        self.dataset = open_dataset(plan.dataset_uri, store, cache / "datasets")
+        self.train_labels_N = images.labels_of(self.dataset, "train")
+        self.val_labels_N = images.labels_of(self.dataset, "val")
+        self.train_rows = rows_of_rank(len(self.train_labels_N), rank.number, rank.world)
+        self.val_rows = rows_of_rank(len(self.val_labels_N), rank.number, rank.world)
+        self.model = new_model(plan, store, cache).to(rank.device).to(memory_format=torch.channels_last)  # a quarter faster on CPUs
+        backbone.freeze(self.model, plan.unfreeze_depth)
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        decayed = [p for p in self.names if p.ndim > 1]  # norms' scales and biases have no reason to be small
+        others = [p for p in self.names if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=plan.lr, fused=True)
+        self.forward = _distributed(self.model, rank)
+        self.history: list[EpochRow] = []
+        self.best: EpochRow | None = None
+        self.best_tensors: Tensors = {}
+        self.weights_K = self._class_weights()
+        self.train_images = self._train_images()
+        self.val_pixels_NHWC = self._val_pixels()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing left to train: all epochs, no gain for `patience` epochs, or diverged."""
+        if not self.history:
+            return False
+        since_best = len(self.history) - (self.best.epoch if self.best else 0)
+        diverged = self.history[-1].train_loss is None
+        return diverged or len(self.history) >= self.plan.max_epochs or since_best >= self.plan.patience
+
+    def epoch(self) -> EpochRow:
+        """Train one epoch, judge it on val, and remember the best."""
+        started = time.perf_counter()
+        number = len(self.history) + 1
+        train_loss = self._train(number)
+        self._share_buffers()
+        val_accuracy, val_loss = self._judge()
+        losses = [loss if math.isfinite(loss) else None for loss in (train_loss, val_loss)]
+        row = EpochRow(number, losses[0], val_accuracy, losses[1], time.perf_counter() - started)
+        self.history.append(row)
+        if is_better(row, self.best):
+            self.best, self.best_tensors = row, checkpoint.trainable_tensors(self.model)
+        return row
+
+    def snapshot(self) -> Checkpoint:
+        """Everything to resume from, copied, so that training may go on while it is written."""
+        is_best = self.best is not None and self.best.epoch == len(self.history)
+        trainable = self.best_tensors if is_best else checkpoint.trainable_tensors(self.model)
+        state = {"history": [asdict(row) for row in self.history], "best_epoch": self.best.epoch if self.best else None}
+        optimizer = checkpoint.optimizer_tensors(self.optimizer, self.names)
+        return Checkpoint(len(self.history), trainable, self.best_tensors or trainable, optimizer, state)
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Be what was when the snapshot was taken."""
+        checkpoint.load_trainable(self.model, saved.trainable)
+        checkpoint.load_optimizer(self.optimizer, self.names, saved.optimizer)
+        self.history = [EpochRow(**row) for row in saved.state["history"]]
+        best_epoch = saved.state["best_epoch"]
+        self.best = self.history[best_epoch - 1] if best_epoch else None
+        self.best_tensors = saved.best if best_epoch else {}
+
+    def _train(self, epoch: int) -> float:
+        plan, rank = self.plan, self.rank
+        backbone.set_mode(self.model, plan.unfreeze_depth, True)
+        weight_of_step = self._weight_of_step(epoch)
+        total_steps = plan.max_epochs * len(weight_of_step)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=rank.device)
+        for step, (pixels_BCHW, labels_B) in enumerate(self._batches(epoch)):
+            at = (epoch - 1) * len(weight_of_step) + step
+            torch.manual_seed(augment.seed_of(plan.seed, -at - 1, rank.number))  # dropout and drop path
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr_at(at, total_steps, plan.lr)
+            loss = self._loss(pixels_BCHW, labels_B)
+            # DDP averages over ranks; divided by the whole step's weight instead, so that the split over ranks changes nothing
+            (loss * (rank.world / weight_of_step[step])).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            loss_sum += loss.detach()
+        return float(_summed(loss_sum)) / float(weight_of_step.sum())
+
+    def _loss(self, pixels_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+        device = self.rank.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits_BK = self.forward(normalised(pixels_BCHW.to(device), self.plan))
+        return cross_entropy(
+            logits_BK.float(), labels_B.to(device), weight=self.weights_K, label_smoothing=self.plan.label_smoothing, reduction="sum"
+        )
+
+    @torch.inference_mode()
+    def _judge(self) -> tuple[float, float]:
+        backbone.set_mode(self.model, self.plan.unfreeze_depth, False)
+        labels_N = torch.from_numpy(self.val_labels_N[self.val_rows.start : self.val_rows.stop])
+        sums = torch.zeros(2, dtype=torch.float64, device=self.rank.device)
+        for start in range(0, len(labels_N), EVAL_BATCH):
+            labels_B = labels_N[start : start + EVAL_BATCH].to(self.rank.device)
+            logits_BK = self._val_logits(start)
+            sums[0] += (logits_BK.argmax(1) == labels_B).sum()
+            sums[1] += cross_entropy(logits_BK, labels_B, reduction="sum")
+        hits, loss = _summed(sums).tolist()
+        return hits / len(self.val_labels_N), loss / len(self.val_labels_N)
+
+    def _val_logits(self, start: int) -> Tensor:
+        pixels_BCHW = self.val_pixels_NHWC[start : start + EVAL_BATCH].permute(0, 3, 1, 2)
+        logits_BK: Tensor = self.model(normalised(pixels_BCHW.to(self.rank.device), self.plan))
+        return logits_BK.float()
+
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        plan, rank, total = self.plan, self.rank, len(self.train_labels_N)
+        batches = batches_of_rank(total, rank.number, rank.world, batch_size=plan.batch_size, seed=plan.seed, epoch=epoch)
+        augmented = Augmented(self.train_images, self.train_labels_N, self.train_rows, plan, epoch)
+        return iter(DataLoader(augmented, batch_sampler=[b.tolist() for b in batches], num_workers=plan.loader_processes))
+
+    def _weight_of_step(self, epoch: int) -> npt.NDArray[np.float64]:
+        """The sum of class weights of each step over all ranks: each can tell the others' batches, so nothing is sent."""
+        plan, world, total = self.plan, self.rank.world, len(self.train_labels_N)
+        weights_K = np.ones(len(plan.classes)) if self.weights_K is None else self.weights_K.double().cpu().numpy()
+        sums = np.zeros(steps_per_epoch(total, world, plan.batch_size))
+        for rank in range(world):
+            first = rows_of_rank(total, rank, world).start
+            batches = batches_of_rank(total, rank, world, batch_size=plan.batch_size, seed=plan.seed, epoch=epoch)
+            sums += [weights_K[self.train_labels_N[first + batch]].sum() for batch in batches]
+        return sums
+
+    def _share_buffers(self) -> None:
+        """Running statistics move on each rank by its own images: afterwards all have their mean."""
+        if self.rank.world > 1:
+            for buffer in self.model.buffers():
+                if buffer.is_floating_point():
+                    dist.all_reduce(buffer)
+                    buffer /= self.rank.world
+
+    def _class_weights(self) -> Tensor | None:
+        counts = np.bincount(self.train_labels_N, minlength=len(self.plan.classes)).tolist()
+        weights = class_weights(counts, self.plan.class_weights)
+        return None if weights is None else torch.tensor(weights, device=self.rank.device)
+
+    def _train_images(self) -> Images:
+        plan, rows = self.plan, Range(self.dataset, "train", self.train_rows.start, self.train_rows.stop)
+        spool = self.cache / "spool" / f"{plan.fit_id}-{self.rank.number}"
+        return images.keep(rows, image_size=plan.image_size, max_pixels=plan.max_pixels, budget_bytes=plan.memory_budget_bytes, spool=spool)
+
+    def _val_pixels(self) -> Tensor:
+        rows = Range(self.dataset, "val", self.val_rows.start, self.val_rows.stop)
+        return images.squares(rows, image_size=self.plan.image_size, max_pixels=self.plan.max_pixels)
+
+
+class Augmented(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """One rank's training images as one epoch sees them."""
+
+    def __init__(self, kept: Images, labels_N: npt.NDArray[np.int64], rows: range, plan: Plan, epoch: int) -> None:
+        self.kept, self.labels_N, self.rows, self.plan, self.epoch = kept, labels_N, rows, plan, epoch
+        self.transform = augment.build(plan.augmentation, plan.image_size)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        row = self.rows[index]  # of the whole train split: what an image is turned into does not depend on the rank that has it
+        seed = augment.seed_of(self.plan.seed, self.epoch, row)
+        return augment.seeded(self.transform, self.kept[index], seed), int(self.labels_N[row])
+
+
+def train(plan: Plan, rank: Rank, *, store: ObjectStore, cache: Path, on_epoch: OnEpoch = lambda row: None) -> None:
+    """Train to the end, from the last checkpoint where there is one; rank 0 writes the checkpoints and the result.
+
+    Crash order: checkpoints as epochs end; then the fit's and the probe's model folders; result.json last, as the commit.
+    """
+    training = Training(plan, rank, store, cache)
+    checkpoints_uri = join_uri(plan.fit_uri, "checkpoints")
+    saved = _agreed_checkpoint(store, checkpoints_uri, rank)
+    if saved:
+        log.info("resuming the fit after epoch %d", saved.epoch)
+        training.restore(saved)
+    with CheckpointWriter(store, checkpoints_uri) as writer:
+        while not training.is_over:
+            row = training.epoch()
+            if rank.number == 0:
+                writer.write(training.snapshot(), best_epoch=training.best.epoch if training.best else None)
+            on_epoch(row)
+    if rank.number == 0:
+        _publish(training)
+
+
+def normalised(pixels_BCHW: Tensor, plan: Plan) -> Tensor:
+    """uint8 pixels as the backbone's input, by the same arithmetic as preprocessing.normalise."""
+    mean_C11 = torch.tensor(plan.mean, device=pixels_BCHW.device).view(-1, 1, 1)
+    std_C11 = torch.tensor(plan.std, device=pixels_BCHW.device).view(-1, 1, 1)
+    images_BCHW = pixels_BCHW.to(torch.float32, memory_format=torch.channels_last)
+    return images_BCHW.div_(255).sub_(mean_C11).div_(std_C11)
+
+
+def new_model(plan: Plan, store: ObjectStore, cache: Path) -> nn.Module:
+    """The backbone with the best linear probe's head: a new head's large gradients would spoil the backbone first (LP-FT,
+    Kumar et al. 2022, arXiv:2202.10054)."""
+    folder = fetch(store, plan.backbone_uri, cache / "backbones")
+    model = backbone.load(folder, num_classes=len(plan.classes), seed=plan.seed)
+    head = from_safetensors(store.read(plan.probe_uri))
+    unexpected = model.load_state_dict(head, strict=False).unexpected_keys
+    if unexpected or not head.keys() >= backbone.head_names(model):
+        raise ValueError(f"{plan.probe_uri} is not the head of {plan.backbone_name}: {sorted(head)}")
+    return model
+
+
+def _distributed(model: nn.Module, rank: Rank) -> nn.Module:
+    if rank.world == 1:
+        return model
+    devices = [rank.device] if rank.device.type == "cuda" else None
+    # buffers are shared once an epoch (`_share_buffers`): a training step does not read them
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def _agreed_checkpoint(store: ObjectStore, root_uri: str, rank: Rank) -> Checkpoint | None:
+    """The last whole checkpoint; rank 0 decides which, so that no two ranks resume from different epochs."""
+    saved = checkpoint.latest(store, root_uri) if rank.number == 0 else None
+    epoch = int(_summed(torch.tensor(saved.epoch if saved else 0, device=rank.device)))
+    return saved if rank.number == 0 or not epoch else checkpoint.load(store, checkpoint.uri_of(root_uri, epoch))
+
+
+def _publish(training: Training) -> None:
+    """Write both model folders, then result.json."""
+    plan, store = training.plan, training.store
+    uris = {kind: join_uri(plan.fit_uri, kind) for kind in ("fit", "probe")}
+    _write_model(training, uris["probe"], "probe", new_model(plan, store, training.cache))
+    if training.best:
+        checkpoint.load_trainable(training.model, training.best_tensors)
+        _write_model(training, uris["fit"], "fit", training.model)
+    chosen, reason = choose(training.best, plan)
+    best, checkpoints_uri = training.best, join_uri(plan.fit_uri, "checkpoints")
+    written = checkpoint.epochs(store, checkpoints_uri)
+    result = {
+        "fit_id": plan.fit_id, "uri": plan.fit_uri, "workers": plan.num_workers, "epochs": len(training.history),
+        "accuracy": best.val_accuracy if best else None, "val_loss": best.val_loss if best else None,
+        "best_epoch": best.epoch if best else None, "stopped_early": len(training.history) < plan.max_epochs,
+        "unfreeze_depth": plan.unfreeze_depth, "lr": plan.lr,
+        "checkpoint_uri": checkpoint.uri_of(checkpoints_uri, written[-1]) if written else None,
+        "curve": [asdict(row) for row in training.history], "chosen": chosen, "chosen_reason": reason,
+        "model_uri": uris[chosen], "fit_model_uri": uris["fit"] if best else None, "probe_model_uri": uris["probe"],
+        "seconds": round(time.time() - plan.started_at, 2),
+    }  # fmt: skip
+    store.write(join_uri(plan.fit_uri, "result.json"), json.dumps(result, indent=1).encode())
+
+
+def _write_model(training: Training, uri: str, kind: str, model: nn.Module) -> None:
+    plan = training.plan
+    depth, lr = (plan.unfreeze_depth, plan.lr) if kind == "fit" else (0, plan.probe_lr)
+    config = {
+        "backbone": plan.backbone_name, "num_classes": len(plan.classes), "image_size": plan.image_size,
+        "unfreeze_depth": depth, "lr": lr, "kind": kind,
+    }  # fmt: skip
+    preprocessing = Preprocessing(plan.image_size, plan.mean, plan.std, plan.max_pixels)
+    model_folder.write(training.store, uri, model, config=config, labels=plan.classes, preprocessing=preprocessing)

@@ -1,0 +1,246 @@
+"""The spec: what a user asks for, as one frozen model read from one YAML file."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+
+from infra.errors import UserError
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
+Augmentation = Literal["none", "photo", "symbol", "aerial"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataSpec(_Part):
+    """The images, and how they are split."""
+
+    source: str = Field(
+        min_length=1,
+        description="Folder or zip with a folder per class, s3:// prefix, or manifest .csv/.parquet (image, label[, group, split]).",
+    )
+    image_size: int = Field(224, ge=16, le=1024, description="Side of the square image that the backbone sees, in pixels.")
+    val_fraction: float = Field(0.15, gt=0, lt=1, description="Share of the images that chooses trials and stops training.")
+    holdout_fraction: float = Field(0.15, gt=0, lt=1, description="Share of the images that judges champion against challenger.")
+    max_megapixels: float = Field(100.0, gt=0, description="Larger images go to quarantine (decompression bombs), in megapixels.")
+
+    @model_validator(mode="after")
+    def _leaves_something_to_train_on(self) -> DataSpec:
+        if self.val_fraction + self.holdout_fraction >= 0.9:
+            raise ValueError("val_fraction and holdout_fraction together must stay below 0.9, or nothing is left to train on")
+        return self
+
+
+class BackboneSpec(_Part):
+    """The pretrained network that is reused."""
+
+    name: str = Field(min_length=1, description="Any timm model name.")
+    weights: str = Field("timm", min_length=1, description="timm (hub) | package:NAME | path or s3:// URI of .safetensors or .pth | none.")
+
+
+class LrRange(_Part):
+    """A range of learning rates to draw from."""
+
+    low: float = Field(gt=0, le=10, description="Smallest learning rate.")
+    high: float = Field(gt=0, le=10, description="Largest learning rate.")
+    scale: Literal["log", "linear"] = Field("log", description="How to draw between them.")
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> LrRange:
+        if self.low >= self.high:
+            raise ValueError("low must be below high")
+        return self
+
+
+LearningRate = Annotated[float, Field(gt=0, le=10)]
+LearningRates = Annotated[
+    Annotated[LrRange, Tag("range")] | Annotated[tuple[LearningRate, ...], Tag("list")],
+    Discriminator(lambda value: "range" if isinstance(value, dict | LrRange) else "list"),
+]
+_TAGS = {"range", "list"}
+
+
+class SearchSpec(_Part):
+    """The search over unfreeze depth and learning rate."""
+
+    unfreeze_depth: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (0, 1, 2), min_length=1, description="Depths to try: 0 is a linear probe, the number of groups is full fine-tuning."
+    )
+    lr: LearningRates = Field(LrRange(low=1e-4, high=1e-2), description="Peak learning rates: a range {low, high, scale}, or a list.")
+    num_trials: int = Field(16, ge=1, le=100_000, description="Trials to run; a grid runs each combination once instead.")
+    max_epochs: int = Field(8, ge=1, le=10_000, description="Epochs of a trial that is not stopped early.")
+    searcher: Literal["grid", "random", "optuna"] | None = Field(
+        None, description="How to choose trials; by default grid where every dimension is a list, else random."
+    )
+    scheduler: Literal["fifo", "asha"] = Field("asha", description="fifo runs every trial to its end; asha stops the weak ones early.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of the sampling and of every trial.")
+    batch_size: int = Field(32, ge=2, le=4096, description="Images a step in a trial.")
+    weight_decay: float = Field(1e-4, ge=0, le=1, description="AdamW weight decay, in trials and in the fit.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing, in trials and in the fit.")
+    class_weights: Literal["auto", "none"] = Field("auto", description="auto weights rare classes up when the classes are imbalanced.")
+
+    @field_validator("unfreeze_depth", "lr")
+    @classmethod
+    def _has_no_duplicates(cls, value: Any) -> Any:
+        if isinstance(value, tuple) and (not value or len(set(value)) != len(value)):
+            raise ValueError("must be a list of different values")
+        return value
+
+    @model_validator(mode="after")
+    def _searcher_fits_the_space(self) -> SearchSpec:
+        if self.searcher == "grid" and isinstance(self.lr, LrRange):
+            raise ValueError("searcher: grid needs a list of learning rates, not a range")
+        return self
+
+    @property
+    def resolved_searcher(self) -> Literal["grid", "random", "optuna"]:
+        """The searcher in force where the spec leaves it open."""
+        return self.searcher or ("random" if isinstance(self.lr, LrRange) else "grid")
+
+
+class FitSpec(_Part):
+    """The final training of the winner."""
+
+    num_workers: int = Field(1, ge=1, le=1024, description="Ray Train workers (data-parallel ranks).")
+    max_epochs: int | None = Field(None, ge=1, le=10_000, description="Epochs at most; by default the search's max_epochs.")
+    patience: int = Field(3, ge=1, description="Epochs without a better val accuracy before the fit stops early.")
+    batch_size_per_worker: int = Field(32, ge=2, le=4096, description="Images a step on each worker.")
+    augmentation: Augmentation = Field(
+        "photo", description="photo: crop, mirror, colour; symbol: never mirrors (text, signs); aerial: any turn and mirror; none."
+    )
+
+
+class PromotionSpec(_Part):
+    """When the challenger replaces the champion."""
+
+    metric: Literal["accuracy", "balanced_accuracy", "macro_f1"] = Field("accuracy", description="Holdout metric to compare.")
+    min_gain: float = Field(0.0, ge=-1, le=1, description="The challenger must beat the champion by more than this, as a fraction of 1.")
+    approval: Literal["auto"] = Field("auto", description="auto promotes at once what passes.")
+
+
+class Spec(_Part):
+    """One model to keep retrained: data, backbone, search, fit, promotion, storage."""
+
+    name: str = Field(pattern=NAME_PATTERN, description="Registered model, MLflow experiment and S3 prefix.")
+    data: DataSpec
+    backbone: BackboneSpec
+    search: SearchSpec = SearchSpec()
+    fit: FitSpec = FitSpec()
+    promotion: PromotionSpec = PromotionSpec()
+    storage: str = Field("s3://unfreeze", pattern=r"^s3://[^/]+(/.*)?$", description="Bucket and optional prefix, as an s3:// URI.")
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of everything but where the data and the results lie."""
+        content = self.model_dump(mode="json", exclude={"storage": True, "data": {"source"}})
+        return digest_of(content)
+
+    @property
+    def fit_max_epochs(self) -> int:
+        return self.fit.max_epochs or self.search.max_epochs
+
+
+def digest_of(content: Any) -> str:
+    """32 hex digits of sha256 over the canonical JSON of plain values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:32]
+
+
+def load_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
+    """Read a spec from YAML, with `a.b=value` overrides; a relative source or weights path is taken from the file's folder.
+
+    Raises UserError listing every mistake at once, each with its path.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"There is no spec file {str(path)!r}.", "Give the path of a YAML file; examples/emoji.yaml is one to copy."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The spec {str(path)!r} cannot be read: {error}", "Give the path of a YAML text file.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"The spec {str(path)!r} is not valid YAML: {error}", "Mend the line it names.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"The spec {str(path)!r} is not a mapping of keys to values.", "Start from examples/emoji.yaml.")
+    for override in overrides:
+        _set(content, override)
+    return _with_absolute_paths(parse_spec(content, named=str(path)), path.resolve().parent)
+
+
+def parse_spec(content: dict[str, Any], named: str = "spec") -> Spec:
+    """A spec from plain values. Raises UserError listing every mistake at once, each with its path."""
+    try:
+        return Spec.model_validate(content)
+    except ValidationError as error:
+        lines = sorted({f"  {_describe(mistake)}" for mistake in error.errors()})
+        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        raise UserError(f"{named} has {count}:\n" + "\n".join(lines), "`unfreeze schema` prints every key with its meaning.") from None
+
+
+def _describe(mistake: Any) -> str:
+    location = [part for part in mistake["loc"] if part not in _TAGS]
+    where = ".".join(str(part) for part in location) or "spec"
+    if mistake["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        nearest = difflib.get_close_matches(str(location[-1]), known, n=1)
+        return f"{where}: unknown key" + (f"; did you mean {nearest[0]!r}?" if nearest else f"; known here: {', '.join(known)}")
+    if mistake["type"] == "missing":
+        return f"{where}: required, but not given"
+    got = "" if isinstance(mistake["input"], dict | BaseModel) else f" (got {mistake['input']!r})"
+    return f"{where}: {mistake['msg'].removeprefix('Value error, ')}{got}"
+
+
+def _known_keys(location: Sequence[Any]) -> list[str]:
+    model: type[BaseModel] = Spec
+    for part in location:
+        field = model.model_fields.get(str(part))
+        parts = [field.annotation, *get_args(field.annotation)] if field else []
+        inner = [kind for kind in parts if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:
+            return []
+        model = inner[0]
+    return list(model.model_fields)
+
+
+def _set(content: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set {override!r} is not of the form a.b=value.", "Write for example --set search.num_trials=32.")
+    *parents, last = path.split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise UserError(f"--set {path}: {parent!r} holds a value, not keys.", "`unfreeze schema` prints every key.")
+    try:
+        content[last] = _plain(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not valid YAML: {error}", "Quote it.") from None
+
+
+def _plain(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; in a spec it is a number."""
+    if isinstance(value, str):
+        try:
+            return float(value) if any(c in value for c in "eE") else value
+        except ValueError:
+            return value
+    return value
+
+
+def _with_absolute_paths(spec: Spec, folder: Path) -> Spec:
+    data, backbone = spec.data, spec.backbone
+    if not data.source.startswith("s3://"):
+        data = data.model_copy(update={"source": str((folder / Path(data.source).expanduser()).absolute())})
+    if backbone.weights not in ("timm", "none") and not backbone.weights.startswith(("s3://", "package:")):
+        backbone = backbone.model_copy(update={"weights": str((folder / Path(backbone.weights).expanduser()).absolute())})
+    return spec.model_copy(update={"data": data, "backbone": backbone})

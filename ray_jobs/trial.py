@@ -1,0 +1,137 @@
+"""What a worker keeps between trials (model, cuts, mapped features) and the training that one trial runs on it. No Ray.
+
+A trial costs no import, no model build and no copy of features: only the parameters are put back.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from infra.committed_folder import fetch
+from infra.object_store import ObjectStore
+from ray_jobs import backbone
+from ray_jobs.cuts import Cuts
+from ray_jobs.feature_cache import Features, open_features
+from ray_jobs.groups import head_names
+from ray_jobs.train_loop import Recipe, Rows, SuffixTraining, class_weights
+
+Head = Mapping[str, np.ndarray[Any, Any]]
+"""The classifier's tensors under timm's names."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all trials of a search share; plain values, so that it crosses processes."""
+
+    backbone_uri: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+    num_classes: int
+    num_groups: int
+    features: tuple[tuple[int, str], ...]
+    max_epochs: int
+    batch_size: int
+    weight_decay: float
+    label_smoothing: float
+    class_weights: str
+    seed: int
+
+    @property
+    def feature_uris(self) -> dict[int, str]:
+        return dict(self.features)
+
+    def recipe(self, lr: float, labels: np.ndarray[Any, Any]) -> Recipe:
+        counts = np.bincount(labels, minlength=self.num_classes).tolist()
+        weights = class_weights(counts, self.class_weights)
+        return Recipe(
+            lr=lr, max_epochs=self.max_epochs, batch_size=self.batch_size, weight_decay=self.weight_decay,
+            label_smoothing=self.label_smoothing, class_weights=tuple(weights) if weights else None, seed=self.seed,
+        )  # fmt: skip
+
+
+class WarmWorker:
+    """One process's model and features; one training at a time."""
+
+    def __init__(self, work: Work, store: ObjectStore, cache_folder: Path) -> None:
+        self.work, self.store, self.cache_folder = work, store, cache_folder
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        folder = fetch(store, work.backbone_uri, cache_folder / "backbones")
+        self.model = backbone.load(folder, num_classes=work.num_classes, seed=work.seed).to(self.device)
+        self.model.to(memory_format=torch.channels_last)
+        self.cuts = Cuts(self.model, sorted(work.feature_uris), work.image_size)
+        self._features: dict[int, Features] = {}
+
+    def features(self, depth: int) -> Features:
+        if depth not in self._features:
+            self._features[depth] = open_features(self.work.feature_uris[depth], self.store, self.cache_folder)
+        return self._features[depth]
+
+    def start(self, depth: int, lr: float, head: Head | None) -> SuffixTraining:
+        """A training from the backbone's own weights, with `head` as its first classifier where one is given.
+
+        A deep trial starts from the best linear probe's head: a random one would first distort the pretrained features
+        (LP-FT: Kumar et al. 2022, arXiv:2202.10054).
+        """
+        features = self.features(depth)
+        self.cuts.reset(self.work.seed)
+        suffix = self.cuts.suffix(depth)
+        if head is not None:
+            put_head(self.model, head)
+        rows = Rows([torch.from_numpy(v) for v in features.values], torch.from_numpy(features.labels), features.train)
+        recipe = self.work.recipe(lr, features.labels[: features.train])
+        return SuffixTraining(suffix, rows, recipe, set_mode=suffix.train, prepare=self._prepare(depth))
+
+    def head(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The classifier as it is now."""
+        return {name: self.model.get_parameter(name).detach().cpu().numpy().copy() for name in sorted(head_names(self.model))}
+
+    def _prepare(self, depth: int) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+        if depth < self.work.num_groups:
+            return channels_last
+        return functools.partial(normalised, mean=self.work.mean, std=self.work.std)
+
+    def forward_flops(self) -> dict[int, int]:
+        """FLOPs of one image through the suffix of each depth; under -1 through the whole backbone."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        counted: dict[int, int] = {}
+        size = self.work.image_size
+        images_BCHW = torch.zeros(2, 3, size, size, device=self.device)
+        with torch.inference_mode():
+            with FlopCounterMode(display=False) as whole:
+                self.model.eval()(images_BCHW)
+            for depth in self.cuts.depths:
+                values = [torch.zeros(2, *v.shape, dtype=v.dtype, device=self.device) for v in self.cuts.values(depth)]
+                with FlopCounterMode(display=False) as counter:
+                    self.cuts.suffix(depth)(*values)
+                counted[depth] = counter.get_total_flops() // 2
+        return {**counted, -1: whole.get_total_flops() // 2}
+
+
+def put_head(model: nn.Module, head: Head) -> None:
+    """Replace the classifier's tensors."""
+    with torch.no_grad():
+        for name, value in head.items():
+            model.get_parameter(name).copy_(torch.tensor(value))  # a copy: arrays from Ray's object store are read-only
+
+
+def channels_last(values: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Feature maps in the memory order in which convolutions train 1.7x faster on a CPU; see docs/LOG.md."""
+    return [value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value for value in values]
+
+
+def normalised(values: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]) -> Sequence[Tensor]:
+    """images_BCHW from stored pixels_BHWC, as preprocessing.normalise makes them."""
+    (pixels_BHWC,) = values
+    device = pixels_BHWC.device
+    scaled = (pixels_BHWC.float() / 255 - torch.tensor(mean, device=device)) / torch.tensor(std, device=device)
+    return (scaled.permute(0, 3, 1, 2),)  # channels last already

@@ -1,0 +1,39 @@
+"""The step that shows a retraining's result on Prefect's page: a summary, the leaderboard, a link to the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+
+from tasks.policies import effect
+
+MOST_ROWS = 100
+
+
+@effect(name="announce", timeout_s=120)
+def announce(name: str, outcome: dict[str, Any], trials: list[dict[str, Any]], report_link: str) -> None:
+    """Create the flow run's artifacts."""
+    key = "".join(character if character.isalnum() else "-" for character in name.lower()).strip("-")
+    create_markdown_artifact(summary(outcome), key=f"{key}-summary", description=f"What the retraining of {name} found")
+    rows = sorted(trials, key=lambda trial: -(trial["accuracy"] or 0.0))[:MOST_ROWS]
+    columns = ("unfreeze_depth", "lr", "accuracy", "epochs", "status", "seconds")
+    create_table_artifact(
+        [{column: row[column] for column in columns} for row in rows], key=f"{key}-leaderboard", description="Trials, best first"
+    )
+    create_link_artifact(
+        report_link, link_text="The report", key=f"{key}-report", description="Search, learning curves, evaluation, mistakes"
+    )
+
+
+def summary(outcome: dict[str, Any]) -> str:
+    """A few lines of Markdown."""
+    model, best, scores = outcome["model"], outcome["search"]["best"], outcome["evaluation"]["challenger"]
+    return f"""## {model["name"]} version {model["version"]}: {outcome["status"]}
+
+- serving: version {model["champion_version"]}
+- holdout accuracy **{scores["accuracy"]:.1%}**, macro F1 {scores["macro_f1"]:.3f}, ECE {scores["ece"]:.3f}
+- best of {outcome["search"]["trials"]} trials: unfreeze depth {best["unfreeze_depth"]}, learning rate {best["lr"]:.2g}
+- published: `{outcome["publish"]["uri"]}`
+- report: `{outcome["report"]}`
+"""

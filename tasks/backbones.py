@@ -1,0 +1,62 @@
+"""The step that puts the pretrained backbone where every worker finds it, named by the digest of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from infra import progress
+from infra.committed_folder import commit, read_manifest
+from infra.object_store import join_uri, object_store
+from ray_jobs.spec import Spec, digest_of
+from tasks.policies import step
+
+
+def _key(spec: Spec) -> list[Any]:
+    backbone, search = spec.backbone, spec.search
+    return [
+        spec.storage,
+        backbone.name,
+        _weights_identity(spec),
+        spec.data.image_size,
+        sorted(search.unfreeze_depth),
+        importlib.metadata.version("timm"),
+    ]
+
+
+@step(name="prepare backbone", key=_key, timeout_s=3600)
+def prepare_backbone(spec: Spec) -> dict[str, Any]:
+    """Check the backbone against the spec and store its weights; its URI, digest, groups and preprocessing."""
+    with progress.step("Loading the backbone"):
+        from ray_jobs import backbone  # here, because it imports torch, which a skipped retraining can do without
+
+        name, image_size = spec.backbone.name, spec.data.image_size
+        backbone.check(name, image_size, spec.search.unfreeze_depth)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            config = backbone.build(spec.backbone, image_size=image_size, seed=spec.search.seed, folder=folder, store=object_store())
+            uri = join_uri(spec.storage, "backbones", config["digest"])
+            if read_manifest(object_store(), uri) is None:  # the digest names what computes: an equal one from elsewhere will do
+                commit(object_store(), uri, {path.name: path for path in folder.iterdir()})
+    return {**config, "uri": uri, "groups": len(config["groups"])}
+
+
+def _weights_identity(spec: Spec) -> str:
+    """Names the content of the weights without loading them."""
+    weights = spec.backbone.weights
+    if weights == "none":
+        return f"none, seed {spec.search.seed}"
+    if weights.startswith("package:"):
+        name = weights.removeprefix("package:")
+        try:
+            return f"{weights} {importlib.metadata.version(name.replace('_', '-'))}"
+        except importlib.metadata.PackageNotFoundError:
+            return weights
+    if weights.startswith("s3://"):
+        folder = weights.rpartition("/")[0]
+        return digest_of([[info.uri, info.etag, info.size_bytes] for info in object_store().list(folder) if info.uri == weights])
+    path = Path(weights)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else weights

@@ -1,0 +1,109 @@
+"""What a command answers: the objects that `retrain --json` and `search --json` print, from the results of the steps. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray_jobs.spec import Spec
+from tasks.promotion import decide, plain_decision
+
+SCORES = (
+    "accuracy",
+    "balanced_accuracy",
+    "macro_precision",
+    "macro_recall",
+    "macro_f1",
+    "log_loss",
+    "ece",
+    "images",
+    "per_class",
+    "confusion",
+)
+
+
+def judged(spec: Spec, parts: dict[str, Any], model: dict[str, Any], champion: dict[str, Any] | None) -> dict[str, Any]:
+    """The parts of a retraining, with the decision about its model and the seconds of each step so far."""
+    scores = parts["evaluation"]["evaluation"]
+    is_champion = champion is not None and champion["version"] == model["version"]
+    decision = decide(spec.promotion, scores["challenger"], scores.get("champion"), is_champion=is_champion)
+    champion_version = champion["version"] if champion else None
+    seconds = {
+        "prepare": parts["dataset"]["seconds"],
+        "cache": parts["features"]["seconds"],
+        "search": parts["search"]["seconds"],
+        "fit": parts["fit"]["seconds"],
+        "evaluate": parts["evaluation"]["seconds"],
+    }
+    return {
+        **parts,
+        "decision": plain_decision(decision) | {"version": model["version"], "champion_version": champion_version},
+        "seconds": seconds,
+    }
+
+
+def retrain_outcome(
+    parts: dict[str, Any], model: dict[str, Any], published: dict[str, Any], serving: str | None, flow_run_id: str | None, total_s: float
+) -> dict[str, Any]:
+    """What `retrain --json` prints."""
+    fit, scores = parts["fit"], parts["evaluation"]["evaluation"]
+    challenger, champion, probe = (_scores(scores.get(role)) for role in ("challenger", "champion", "probe"))
+    seconds = {**parts["seconds"], "publish": published["seconds"], "total": total_s}
+    return {
+        "status": parts["decision"]["status"],
+        "flow_run_id": flow_run_id,
+        "dataset": _dataset(parts["dataset"]),
+        "search": _search(parts["search"]),
+        "fit": {
+            "workers": fit["workers"],
+            "epochs": fit["epochs"],
+            "accuracy": fit["accuracy"],
+            "checkpoint_uri": fit["checkpoint_uri"],
+            "chosen": fit["chosen"],
+            "chosen_reason": fit["chosen_reason"],
+        },
+        "evaluation": {"challenger": challenger, "champion": champion, "probe": probe},
+        "decision": parts["decision"],
+        "model": {"name": model["name"], "version": model["version"], "champion_version": serving, "artifact_uri": model["artifact_uri"]},
+        "publish": {key: published[key] for key in ("uri", "objects", "bytes", "verified")},
+        "report": f"{published['uri']}/report.html",
+        "seconds": {step: round(value, 2) for step, value in seconds.items()},
+    }
+
+
+def skipped(outcome: dict[str, Any], flow_run_id: str | None, total_s: float) -> dict[str, Any]:
+    """The answer of a finished retraining, given again because nothing changed."""
+    seconds = dict.fromkeys(outcome["seconds"], 0.0) | {"total": round(total_s, 2)}
+    return {**outcome, "status": "skipped", "flow_run_id": flow_run_id, "seconds": seconds}
+
+
+def search_outcome(dataset: dict[str, Any], search: dict[str, Any], flow_run_id: str | None) -> dict[str, Any]:
+    """What `search --json` prints."""
+    columns = ("unfreeze_depth", "lr", "accuracy", "epochs", "status", "seconds")
+    trials = [{column: trial[column] for column in columns} for trial in search["trials_detail"]]
+    return {
+        "flow_run_id": flow_run_id,
+        "dataset": _dataset(dataset),
+        "search": _search(search),
+        "trials_detail": trials,
+        "cost": search["cost"],
+    }
+
+
+def _dataset(dataset: dict[str, Any]) -> dict[str, Any]:
+    keys = ("version", "images", "classes", "train", "val", "holdout", "quarantined", "uri")
+    return {key: dataset[key] for key in keys} | {"classes": len(dataset["classes"]), "labels": dataset["classes"]}
+
+
+def _search(search: dict[str, Any]) -> dict[str, Any]:
+    best = {key: search["best"][key] for key in ("unfreeze_depth", "lr", "accuracy")}
+    return {
+        "search_id": search["search_id"],
+        "trials": search["trials"],
+        "best": best,
+        "seconds": search["seconds"],
+        "leaderboard_uri": search["leaderboard_uri"],
+    }
+
+
+def _scores(metrics: dict[str, Any] | None) -> dict[str, Any] | None:
+    return {key: metrics[key] for key in SCORES} if metrics else None

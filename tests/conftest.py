@@ -1,0 +1,59 @@
+"""Fixtures that several suites share: real servers, started once and stopped by process id."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+RCLONE = Path(sys.executable).with_name("rclone")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A real S3 server (rclone) with one bucket, `unfreeze`; the AWS_* variables that reach it."""
+    root = tmp_path_factory.mktemp("s3")
+    (root / "unfreeze").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(RCLONE), "serve", "s3", "--auth-key", "TESTKEY,TESTSECRET", "--addr", f"127.0.0.1:{port}", str(root)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_for_port(port)
+        yield {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "TESTKEY",
+            "AWS_SECRET_ACCESS_KEY": "TESTSECRET",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def s3(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """The S3 server as this process's own."""
+    from infra.object_store import object_store
+
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    object_store.cache_clear()
+    yield s3_server
+    object_store.cache_clear()
+
+
+def _wait_for_port(port: int) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise TimeoutError(f"nothing listens on {port}")

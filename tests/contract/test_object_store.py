@@ -1,0 +1,89 @@
+"""The laws of the object store seam, over the real server and over the fake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from infra.errors import ServiceError, UserError
+from infra.object_store import ObjectStore, S3ObjectStore, join_uri, split_uri
+from tests.fakes import MemoryObjectStore
+
+
+@pytest.fixture(params=["rclone", "memory"])
+def store(request: pytest.FixtureRequest) -> ObjectStore:
+    if request.param == "memory":
+        return MemoryObjectStore()
+    request.getfixturevalue("s3")
+    return S3ObjectStore()
+
+
+@pytest.fixture
+def base(request: pytest.FixtureRequest) -> str:
+    return join_uri("s3://unfreeze", "contract", request.node.name.replace("[", "-").rstrip("]"))
+
+
+def test_what_was_written_is_read_and_overwritten(store: ObjectStore, base: str) -> None:
+    store.write(join_uri(base, "a"), b"one")
+    store.write(join_uri(base, "a"), b"two")
+    assert store.read(join_uri(base, "a")) == b"two"
+
+
+def test_a_missing_object_is_file_not_found_and_does_not_exist(store: ObjectStore, base: str, tmp_path: Path) -> None:
+    assert not store.exists(join_uri(base, "none"))
+    with pytest.raises(FileNotFoundError):
+        store.read(join_uri(base, "none"))
+    with pytest.raises(FileNotFoundError):
+        store.download(join_uri(base, "none"), tmp_path / "none")
+
+
+def test_a_listing_holds_the_folder_alone_with_sizes_in_key_order(store: ObjectStore, base: str) -> None:
+    for name in ("x/b", "x/a/deep", "xy/other"):
+        store.write(join_uri(base, name), name.encode())
+    listed = list(store.list(join_uri(base, "x")))
+    assert [info.uri for info in listed] == [join_uri(base, "x/a/deep"), join_uri(base, "x/b")]
+    assert [info.size_bytes for info in listed] == [8, 3]
+
+
+def test_files_go_up_and_come_down_unchanged(store: ObjectStore, base: str, tmp_path: Path) -> None:
+    (tmp_path / "up").write_bytes(bytes(range(256)) * 50_000)  # more than one part of a multipart upload
+    store.upload(tmp_path / "up", join_uri(base, "file"))
+    store.download(join_uri(base, "file"), tmp_path / "new" / "down")
+    assert (tmp_path / "new" / "down").read_bytes() == (tmp_path / "up").read_bytes()
+
+
+def test_deleting_is_harmless_to_repeat(store: ObjectStore, base: str) -> None:
+    store.write(join_uri(base, "a"), b"1")
+    store.delete([join_uri(base, "a")])
+    store.delete([join_uri(base, "a")])
+    assert not store.exists(join_uri(base, "a"))
+
+
+def test_a_missing_bucket_is_the_users_mistake_and_names_it(s3: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        S3ObjectStore().require_bucket("s3://nowhere/prefix")
+    with pytest.raises(UserError, match="nowhere"):
+        S3ObjectStore().write("s3://nowhere/a", b"")
+
+
+def test_refused_credentials_are_the_users_mistake(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
+    with pytest.raises(UserError, match="refused the credentials"):
+        S3ObjectStore().read("s3://unfreeze/a")
+
+
+def test_a_server_that_is_down_is_a_service_error_after_bounded_retries(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(ServiceError, match="AWS_ENDPOINT_URL"):
+        S3ObjectStore().read("s3://unfreeze/a")
+
+
+@pytest.mark.parametrize("uri", ["http://bucket/key", "bucket/key", "s3://", "s3:///key"])
+def test_what_is_no_s3_address_is_refused(uri: str) -> None:
+    with pytest.raises(UserError, match="s3://bucket/prefix"):
+        split_uri(uri)
+
+
+def test_keys_may_hold_question_marks_and_hashes() -> None:
+    assert split_uri("s3://bucket/a#b?c") == ("bucket", "a#b?c")

@@ -1,0 +1,50 @@
+"""Fakes beside the seams of infra/: they pass the same contract suites as the real things."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from hashlib import md5
+from pathlib import Path
+
+from infra.object_store import ObjectInfo, split_uri
+
+
+class MemoryObjectStore:
+    """An object store in a dict; counts writes, and can be told to fail before one of them."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.writes = 0
+        self.before_write: Callable[[str], None] = lambda uri: None
+
+    def read(self, uri: str) -> bytes:
+        try:
+            return self.objects[uri]
+        except KeyError:
+            raise FileNotFoundError(uri) from None
+
+    def write(self, uri: str, data: bytes) -> None:
+        split_uri(uri)
+        self.before_write(uri)
+        self.writes += 1
+        self.objects[uri] = data
+
+    def download(self, uri: str, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(self.read(uri))
+
+    def upload(self, path: Path, uri: str) -> None:
+        self.write(uri, path.read_bytes())
+
+    def exists(self, uri: str) -> bool:
+        return uri in self.objects
+
+    def list(self, prefix_uri: str) -> Iterator[ObjectInfo]:
+        folder = prefix_uri.rstrip("/") + "/"
+        for uri, data in sorted(self.objects.items()):
+            if uri.startswith(folder):
+                yield ObjectInfo(uri, len(data), md5(data, usedforsecurity=False).hexdigest())
+
+    def delete(self, uris: Iterable[str]) -> None:
+        for uri in uris:
+            self.objects.pop(uri, None)

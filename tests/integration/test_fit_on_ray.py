@@ -1,0 +1,160 @@
+"""The fit and the evaluation on a real Ray cluster with a real S3 server."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load as from_safetensors
+
+from infra.committed_folder import commit, verify
+from infra.errors import UserError
+from infra.object_store import S3ObjectStore, object_store
+from ray_jobs import backbone, checkpoint
+from ray_jobs.evaluate_on_ray import evaluate
+from ray_jobs.fit_on_ray import resources_per_worker, run_fit
+from ray_jobs.spec import Spec
+from tests.fit_worlds import FitWorld, make_world
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # Ray's own warnings are not ours to mend
+
+
+@pytest.fixture(scope="module")
+def store(s3_server: dict[str, str]) -> Iterator[S3ObjectStore]:
+    """The S3 server as this process's own for the whole module, because its Ray workers keep it too."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.items():
+            patch.setenv(name, value)
+        object_store.cache_clear()
+        yield object_store()
+    object_store.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def world(store: S3ObjectStore, s3_server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[FitWorld]:
+    """A real two-CPU Ray on this machine, and a fit for two workers."""
+    import ray
+
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNFREEZE_CACHE_DIR", str(cache))
+        variables = {**s3_server, "UNFREEZE_CACHE_DIR": str(cache), "PYTHONPATH": os.getcwd()}
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": variables})
+        yield make_world(tmp_path_factory.mktemp("fit"), store, num_workers=2)
+        ray.shutdown()
+
+
+def seeded(world: FitWorld, seed: int) -> Spec:
+    return world.spec.model_copy(update={"search": world.spec.search.model_copy(update={"seed": seed})})
+
+
+def fitted(world: FitWorld, spec: Spec, told: list[tuple[float, float]] | None = None) -> dict[str, Any]:
+    seen = [] if told is None else told
+    return run_fit(spec, world.dataset, world.backbone, world.search, lambda done, total: seen.append((done, total)))
+
+
+def weights_at(uri: str) -> dict[str, torch.Tensor]:
+    return from_safetensors(object_store().read(f"{uri}/model.safetensors"))
+
+
+def without_times(result: dict[str, Any]) -> dict[str, Any]:
+    return {**result, "seconds": 0, "curve": [{**row, "seconds": 0} for row in result["curve"]]}
+
+
+def test_two_workers_train_what_is_not_frozen_and_the_result_is_kept(
+    world: FitWorld, store: S3ObjectStore, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told: list[tuple[float, float]] = []
+    result = fitted(world, world.spec, told)
+    assert capfd.readouterr().out == ""
+    assert result["workers"] == 2
+    assert result["epochs"] == 3 == len(result["curve"])
+    assert told[-1] == (3, 3)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert verify(store, result["fit_model_uri"]) == verify(store, result["probe_model_uri"]) == []
+    assert verify(store, result["checkpoint_uri"]) == []
+    before, after = weights_at(result["probe_model_uri"]), weights_at(result["fit_model_uri"])
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    model = backbone.create(world.backbone["name"], image_size=32, num_classes=3, seed=0)
+    assert moved & {name for name, _ in model.named_parameters()} == backbone.trainable_names(model, 1)
+    started = time.monotonic()
+    assert fitted(world, world.spec) == result
+    assert time.monotonic() - started < 2
+
+
+def test_a_fit_whose_worker_is_killed_equals_an_undisturbed_one(world: FitWorld, store: S3ObjectStore) -> None:
+    """The same spec twice: once left alone, once with rank 1's process killed after the first checkpoint."""
+    undisturbed = fitted(world, seeded(world, 1))
+    weights = weights_at(undisturbed["fit_model_uri"])
+    for info in list(store.list(undisturbed["uri"])):
+        store.delete([info.uri])
+    killed: list[int] = []
+
+    def kill_a_worker() -> None:
+        root, deadline = f"{undisturbed['uri']}/checkpoints", time.monotonic() + 300
+        while time.monotonic() < deadline and not checkpoint.epochs(store, root):
+            time.sleep(0.02)
+        children = psutil.Process().children(recursive=True)
+        ours = [child for child in children if "RayTrainWorker" in " ".join([child.name(), *child.cmdline()])]
+        ours[-1].kill()
+        killed.append(ours[-1].pid)
+
+    thread = threading.Thread(target=kill_a_worker, daemon=True)
+    thread.start()
+    again = fitted(world, seeded(world, 1))
+    thread.join()
+    assert killed
+    assert without_times(again) == without_times(undisturbed)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_at(again["fit_model_uri"]).items())
+
+
+def test_more_workers_than_the_cluster_has_are_refused_by_name(world: FitWorld) -> None:
+    spec = world.spec.model_copy(update={"fit": world.spec.fit.model_copy(update={"num_workers": 3})})
+    with pytest.raises(UserError, match="3 workers of 1 CPU each, but the cluster has 2 CPUs"):
+        fitted(world, spec)
+    with pytest.raises(UserError, match="2 workers of 1 GPU each, but the cluster has 1 GPUs"):
+        resources_per_worker(2, {"CPU": 8, "GPU": 1})
+    assert resources_per_worker(2, {"CPU": 8, "GPU": 2}) == {"CPU": 4, "GPU": 1}
+
+
+def test_models_are_judged_on_the_same_images_and_equal_ones_only_once(world: FitWorld, store: S3ObjectStore) -> None:
+    fit = fitted(world, world.spec)
+    models = {"challenger": fit["fit_model_uri"], "probe": fit["probe_model_uri"], "champion": fit["fit_model_uri"]}
+    found = evaluate(world.dataset, models, world.spec.storage, lambda done, total: None)
+    scores = found["evaluation"]
+    assert scores["champion"] == scores["challenger"] != scores["probe"]
+    assert scores["challenger"]["images"] == world.dataset["holdout"] == found["holdout"]["images"]
+    assert set(scores["challenger"]["per_class"]) == set(world.dataset["classes"])
+    table = pq.read_table(io.BytesIO(store.read(found["predictions"]["challenger"]))).to_pylist()
+    assert sum(row["true"] == row["predicted"] for row in table) / len(table) == pytest.approx(scores["challenger"]["accuracy"])
+    wrong = [row["sha256"] for row in table if row["true"] != row["predicted"]]
+    assert {row["sha256"] for row in found["mistakes"]} <= set(wrong)
+    assert len(found["mistakes"]) == min(24, len(wrong))
+    assert verify(store, found["uri"]) == []
+    assert evaluate(world.dataset, models, world.spec.storage, lambda done, total: None) == found
+
+
+def test_a_champion_with_fewer_labels_is_wrong_on_the_class_it_does_not_know(world: FitWorld, store: S3ObjectStore) -> None:
+    fit = fitted(world, world.spec)
+    uri = "s3://unfreeze/models/old/1"
+    files = {info.uri.rsplit("/", 1)[1]: store.read(info.uri) for info in store.list(fit["fit_model_uri"])}
+    del files["MANIFEST.json"]
+    files["labels.json"] = files["labels.json"].replace(b"red", b"crimson")
+    commit(store, uri, files)
+    found = evaluate(world.dataset, {"challenger": fit["fit_model_uri"], "champion": uri}, world.spec.storage, lambda done, total: None)
+    champion, challenger = found["evaluation"]["champion"], found["evaluation"]["challenger"]
+    assert champion["per_class"]["red"]["recall"] == 0.0
+    assert champion["per_class"]["blue"]["recall"] == challenger["per_class"]["blue"]["recall"]
+
+
+def test_a_model_that_is_not_there_is_named(world: FitWorld) -> None:
+    with pytest.raises(UserError, match="no committed model at s3://unfreeze/nowhere"):
+        evaluate(world.dataset, {"challenger": "s3://unfreeze/nowhere"}, world.spec.storage, lambda done, total: None)

@@ -1,0 +1,302 @@
+"""The embedded stack with its real servers: shared, ended, found again after a kill, and closed to everyone else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import psutil
+import pytest
+from botocore.exceptions import ClientError
+
+from infra import local_stack, processes, ray_cluster, stack_file
+from infra.errors import ServiceError, UserError
+from infra.settings import SERVICES
+
+pytestmark = pytest.mark.slow
+
+ADDRESSES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "RAY_ADDRESS")
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from infra import local_stack, services
+with local_stack.session({services}, storage="s3://unfreeze"):
+    try:
+        print(os.environ.get("AWS_ENDPOINT_URL"), flush=True)
+        sys.stdin.read()
+    except KeyboardInterrupt:
+        print("interrupted", local_stack.status()["s3"]["state"], flush=True)
+"""
+RUN_A_TASK = """
+import json, os, psutil, ray
+from infra import local_stack, ray_cluster
+def listening():
+    return [connection.laddr.ip for connection in psutil.Process().net_connections() if connection.status == "LISTEN"]
+@ray.remote
+def where():
+    from infra.settings import cache_dir
+    return {"listening": listening(), "seen": [os.environ["AWS_ENDPOINT_URL"], str(cache_dir())]}
+with local_stack.session(["s3", "ray"], storage="s3://unfreeze"), ray_cluster.connect() as cluster:
+    print(json.dumps({"worker": ray.get(where.remote()), "driver": listening(), "cpus": cluster.cpus}))
+"""
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture(autouse=True)
+def no_servers_of_the_team(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ADDRESSES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("UNFREEZE_HOME", str(tmp_path / "home"))
+    yield tmp_path / "home"
+    for name in ADDRESSES:
+        monkeypatch.delenv(name, raising=False)
+    local_stack.down()
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start a command in a process of its own, reading its first line from stdout."""
+    children: list[subprocess.Popen[str]] = []
+
+    def start_one(code: str) -> subprocess.Popen[str]:
+        child = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        children.append(child)
+        return child
+
+    yield start_one
+    for child in children:
+        if child.poll() is None:
+            child.kill()
+        child.communicate()
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """All four services, up for long; the home's path is too long for a socket on purpose."""
+    home = tmp_path_factory.mktemp("a-working-directory-with-a-long-name-" + "x" * 60) / ".unfreeze"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ADDRESSES:
+            patch.delenv(name, raising=False)
+        patch.setenv("UNFREEZE_HOME", str(home))
+        yield {**local_stack.up(), "home": home}
+        records = _everything(home)
+        local_stack.down()
+        assert not [record for record in records if processes.is_alive(record)]
+        assert {part["state"] for part in local_stack.status().values()} == {"stopped"}
+
+
+def test_an_outside_client_reads_s3_with_what_status_prints(standing: dict[str, Any]) -> None:
+    s3 = standing["s3"]
+    assert (s3["state"], s3["bucket"], s3["prefix"]) == ("running", "unfreeze", "")
+    _client(s3).put_object(Bucket="unfreeze", Key="a/b", Body=b"c")
+    assert _client(s3).list_objects_v2(Bucket="unfreeze", Prefix="a/")["KeyCount"] == 1
+    with pytest.raises(ClientError, match="SignatureDoesNotMatch"):
+        _client(s3, secret_key="wrong").list_buckets()
+
+
+def test_mlflow_keeps_artifacts_on_the_embedded_s3(standing: dict[str, Any]) -> None:
+    uri = standing["mlflow"]["uri"]
+    request = urllib.request.Request(f"{uri}/api/2.0/mlflow-artifacts/artifacts/note.txt", data=b"kept", method="PUT")
+    _open(request)
+    assert _client(standing["s3"]).get_object(Bucket="unfreeze", Key="mlflow/note.txt")["Body"].read() == b"kept"
+    assert "experiments" in json.loads(_open(urllib.request.Request(f"{uri}/api/2.0/mlflow/experiments/search?max_results=5")))
+    assert b"<html" in _open(urllib.request.Request(uri))
+
+
+def test_the_pages_of_prefect_and_ray_are_there(standing: dict[str, Any]) -> None:
+    assert _open(urllib.request.Request(standing["prefect"]["api_url"] + "/health")) == b"true"
+    assert b"<html" in _open(urllib.request.Request(standing["prefect"]["ui_url"]))
+    settings = json.loads(_open(urllib.request.Request(standing["prefect"]["ui_url"] + "/ui-settings")))
+    assert settings["api_url"] == standing["prefect"]["api_url"]
+    assert b"<html" in _open(urllib.request.Request(standing["ray"]["dashboard_url"]))
+
+
+def test_nothing_listens_beyond_loopback_even_while_ray_works(standing: dict[str, Any], start: Start) -> None:
+    output, _ = start(RUN_A_TASK).communicate()
+    said = json.loads(output)
+    assert said["cpus"] >= 1
+    assert said["worker"]["seen"] == [standing["s3"]["endpoint"], str(standing["home"] / "cache")]
+    listening = [(record.what, ip) for record in _everything(standing["home"]) for ip in _listening(record.pid)]
+    assert {what for what, _ in listening} == set(SERVICES)
+    everyone = [*(ip for _, ip in listening), *said["driver"], *said["worker"]["listening"]]
+    found = {ip.removeprefix("::ffff:") for ip in everyone}
+    assert found == {"127.0.0.1"}
+
+
+def test_ray_refuses_a_driver_without_the_token_and_says_so_at_once(standing: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        **standing["ray"]["environment"],
+        "RAY_ADDRESS": standing["ray"]["address"],
+        "RAY_AUTH_TOKEN": "wrong" * 10,
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+    with pytest.raises(ServiceError, match="refused the token"), ray_cluster.connect():
+        pass
+
+
+def test_no_secret_is_in_the_process_list(standing: dict[str, Any]) -> None:
+    lines = [" ".join(psutil.Process(record.pid).cmdline()) for record in _everything(standing["home"])]
+    assert any("rclone" in line for line in lines)
+    for secret in (standing["s3"]["secret_key"], standing["s3"]["access_key"], standing["ray"]["token"]):
+        assert len(secret) >= 16
+        assert not [line for line in lines if secret in line]
+
+
+def test_what_is_written_is_for_the_owner_alone(standing: dict[str, Any]) -> None:
+    home: Path = standing["home"]
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+    for name in ("stack.json", "stack.lock", "ray-token", "mlflow.db", "logs/s3.log", "logs/ray.log"):
+        assert stat.S_IMODE((home / name).stat().st_mode) == 0o600, name
+
+
+def test_a_second_up_changes_nothing(standing: dict[str, Any]) -> None:
+    before = _everything(standing["home"])
+    again = local_stack.up()
+    assert again == {service: standing[service] for service in SERVICES}
+    assert {record.pid for record in before} <= {record.pid for record in _everything(standing["home"])}
+
+
+def test_a_command_shares_a_standing_stack_and_leaves_it_standing(standing: dict[str, Any]) -> None:
+    with local_stack.session(SERVICES, storage="s3://other/prefix") as stack:
+        stack.wait("ray")
+        assert os.environ["AWS_ENDPOINT_URL"] == standing["s3"]["endpoint"]
+        assert os.environ["RAY_ADDRESS"] == standing["ray"]["address"]
+        _client(standing["s3"]).head_bucket(Bucket="other")
+    assert not set(ADDRESSES) & set(os.environ)
+    assert {part["state"] for part in local_stack.status().values()} == {"running"}
+
+
+def test_two_commands_at_once_share_one_stack_that_ends_with_the_last(home: Path, start: Start) -> None:
+    first, second = start(HOLD.format(services=["s3"])), start(HOLD.format(services=["s3"]))
+    endpoints = {_line(first), _line(second)}
+    assert len(endpoints) == 1
+    leaders = _everything(home)
+    assert len(leaders) == 1
+    first.communicate("")
+    assert processes.is_alive(leaders[0])
+    second.communicate("")
+    assert not processes.is_alive(leaders[0])
+    assert stack_file.read(home).servers == {}
+
+
+def test_what_a_killed_command_left_is_ended_by_the_next_start(home: Path, start: Start) -> None:
+    command = start(HOLD.format(services=["s3", "ray"]))
+    endpoint = _line(command)
+    left = _everything(home)
+    scratch = [server.scratch for server in stack_file.read(home).servers.values()]
+    assert len(left) > 4
+    command.kill()
+    command.wait()
+    ray_leader = next(record for record in left if record.what == "ray")
+    os.kill(ray_leader.pid, signal.SIGKILL)  # its children have no parent left to be found by
+    assert [record for record in left if processes.is_alive(record)]
+    with local_stack.session(["s3"], storage="s3://unfreeze"):
+        assert os.environ["AWS_ENDPOINT_URL"] == endpoint  # the port is remembered
+        assert not [record for record in left if processes.is_alive(record)]
+        assert not [folder for folder in scratch if folder.exists()]
+
+
+def test_ctrl_c_leaves_the_servers_to_the_commands_own_clean_up(home: Path, start: Start) -> None:
+    command = start(HOLD.format(services=["s3"]))
+    _line(command)
+    leader = _everything(home)[0]
+    os.killpg(command.pid, signal.SIGINT)
+    assert _line(command) == "interrupted running"
+    command.communicate()
+    assert not processes.is_alive(leader)
+
+
+def test_down_leaves_a_stack_in_use_to_its_last_command(home: Path, start: Start) -> None:
+    command = start(HOLD.format(services=["s3"]))
+    _line(command)
+    leader = _everything(home)[0]
+    assert local_stack.down() == 1
+    assert processes.is_alive(leader)
+    command.communicate("")
+    assert not processes.is_alive(leader)
+    assert local_stack.down() == 0
+
+
+def test_the_teams_own_services_are_used_and_never_started(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("MLFLOW_TRACKING_URI", "http://mlflow.test"),
+        ("PREFECT_API_URL", "http://prefect.test/api"),
+        ("RAY_ADDRESS", "ray.test:6379"),
+    ):
+        monkeypatch.setenv(name, value)
+    with local_stack.session(["mlflow", "prefect", "ray"], storage="s3://unfreeze"):
+        assert os.environ["MLFLOW_TRACKING_URI"] == "http://mlflow.test"
+        assert stack_file.read(home).servers == {}
+        status = local_stack.status()
+    assert [status[service]["state"] for service in SERVICES] == ["stopped", "external", "external", "external"]
+    assert status["prefect"]["ui_url"] == "http://prefect.test"
+
+
+def test_a_missing_bucket_of_the_teams_own_s3_is_the_users_mistake(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with local_stack.session(["s3"], storage="s3://theirs"):
+        monkeypatch.setenv("UNFREEZE_HOME", str(tmp_path / "another"))
+        with local_stack.session(["s3"], storage="s3://theirs/prefix"):
+            assert local_stack.status()["s3"]["state"] == "external"
+        with pytest.raises(UserError, match="The bucket 'absent' does not exist"), local_stack.session(["s3"], storage="s3://absent"):
+            pass
+        monkeypatch.setenv("UNFREEZE_HOME", str(home))
+
+
+def test_a_server_that_dies_or_does_not_answer_is_named_with_its_log(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with local_stack.session(["prefect"], storage="s3://unfreeze", background=["prefect"]) as stack:
+        os.kill(_everything(home)[0].pid, signal.SIGKILL)
+        with pytest.raises(ServiceError, match=r"prefect server ended before it answered.*logs/prefect\.log"):
+            stack.wait("prefect")
+    monkeypatch.setenv("UNFREEZE_START_TIMEOUT_S", "0.01")
+    with pytest.raises(ServiceError, match=r"mlflow server does not answer"), local_stack.session(["mlflow"], storage="s3://unfreeze"):
+        pass
+    assert stack_file.read(home).servers == {}
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
+def _everything(home: Path) -> list[processes.ProcessRecord]:
+    """Every living process of the stack, leaders first."""
+    return processes.family([server.leader for server in stack_file.read(home).servers.values()])
+
+
+def _listening(pid: int) -> set[str]:
+    try:
+        return {connection.laddr.ip for connection in psutil.Process(pid).net_connections() if connection.status == psutil.CONN_LISTEN}
+    except psutil.NoSuchProcess:
+        return set()
+
+
+def _line(command: subprocess.Popen[str]) -> str:
+    assert command.stdout is not None
+    return command.stdout.readline().strip()
+
+
+def _open(request: urllib.request.Request) -> bytes:
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as answer:
+        return bytes(answer.read())
+
+
+def _client(s3: dict[str, Any], secret_key: str | None = None) -> Any:
+    return boto3.client(
+        "s3",
+        endpoint_url=s3["endpoint"],
+        aws_access_key_id=s3["access_key"],
+        aws_secret_access_key=secret_key or s3["secret_key"],
+        region_name="us-east-1",
+    )

@@ -1,0 +1,231 @@
+"""Features once and a search over them, on a real Ray cluster and a real S3 server."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from infra.committed_folder import commit, verify
+from infra.errors import UserError
+from infra.object_store import object_store
+from ray_jobs.spec import Spec, parse_spec
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # Ray's own warnings are not ours
+BUCKET = "unfreeze"
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An S3 server and a Ray cluster of two CPUs, with this process connected to both."""
+    folder = tmp_path_factory.mktemp("search")
+    (folder / "s3" / BUCKET).mkdir(parents=True)
+    port, rclone = _free_port(), Path(sys.executable).with_name("rclone")
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "searchtest", "AWS_SECRET_ACCESS_KEY": "searchsecret",
+        "AWS_DEFAULT_REGION": "us-east-1", "UNFREEZE_CACHE_DIR": str(folder / "cache"), "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in settings.items():
+            patch.setenv(key, value)
+        object_store.cache_clear()
+        command = [rclone, "serve", "s3", "--auth-key", "searchtest,searchsecret", "--addr", f"127.0.0.1:{port}", folder / "s3"]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        import ray
+
+        try:
+            ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+            _wait_for(port)
+            yield folder
+        finally:
+            ray.shutdown()
+            server.terminate()
+            server.wait()
+            object_store.cache_clear()
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def _wait_for(port: int) -> None:
+    import socket
+
+    for _ in range(100):
+        with socket.socket() as one:
+            if one.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise AssertionError("the S3 server did not start")
+
+
+@pytest.fixture(scope="module")
+def prepared(machine: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A dataset of three colours, and a small random backbone."""
+    from ray_jobs import backbone
+    from ray_jobs.prepare_on_ray import prepare
+
+    rng = np.random.default_rng(0)
+    with zipfile.ZipFile(machine / "colours.zip", "w") as archive:
+        for name, colour in {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}.items():
+            for i in range(24):
+                pixels = np.clip(np.array(colour) + rng.normal(0, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
+                data = io.BytesIO()
+                Image.fromarray(pixels).save(data, "PNG")
+                archive.writestr(f"{name}/{i:03d}.png", data.getvalue())
+    spec = spec_of(machine)
+    dataset = prepare(spec, ignore)
+    config = backbone.build(spec.backbone, image_size=32, seed=0, folder=machine / "backbone", store=object_store())
+    uri = f"s3://{BUCKET}/backbones/{config['digest']}"
+    commit(object_store(), uri, {path.name: path for path in (machine / "backbone").iterdir()})
+    return dataset, {**config, "uri": uri, "groups": len(config["groups"])}
+
+
+def spec_of(folder: Path, **search: Any) -> Spec:
+    fixed = {"unfreeze_depth": [0, 1], "lr": [1e-3, 1e-2], "num_trials": 4, "max_epochs": 3, "scheduler": "fifo", "batch_size": 16}
+    data = {"source": str(folder / "colours.zip"), "image_size": 32, "val_fraction": 0.3, "holdout_fraction": 0.2}
+    return parse_spec({
+        "name": "colours", "data": data, "backbone": {"name": "resnet10t", "weights": "none"}, "search": {**fixed, **search},
+        "storage": f"s3://{BUCKET}",
+    })  # fmt: skip
+
+
+def ignore(done: float, total: float) -> None:
+    pass
+
+
+def run(machine: Path, prepared: tuple[dict[str, Any], dict[str, Any]], on_progress: Any = ignore, **search: Any) -> dict[str, Any]:
+    from ray_jobs.features_on_ray import cache_features
+    from ray_jobs.search_on_ray import run_search
+
+    spec = spec_of(machine, **search)
+    features = cache_features(spec, *prepared, ignore)["features"]
+    return run_search(spec, *prepared, features, on_progress)
+
+
+def test_a_search_computes_features_once_and_ends_with_a_verified_leaderboard(machine: Path, prepared: Any, capfd: Any) -> None:
+    from ray_jobs.features_on_ray import cache_features
+
+    first = cache_features(spec_of(machine), *prepared, ignore)
+    assert first["computed_images"] == prepared[0]["train"] + prepared[0]["val"]
+    assert cache_features(spec_of(machine), *prepared, ignore)["computed_images"] == 0
+    more = cache_features(spec_of(machine, unfreeze_depth=[0, 1, 2]), *prepared, ignore)
+    assert {k: more["features"][k] for k in ("0", "1")} == first["features"]
+
+    told: list[tuple[float, float]] = []
+    result = run(machine, prepared, lambda done, total: told.append((done, total)))
+    assert [detail["status"] for detail in result["trials_detail"]] == ["finished"] * 4
+    assert {(d["unfreeze_depth"], d["lr"]) for d in result["trials_detail"]} == {(0, 1e-3), (0, 1e-2), (1, 1e-3), (1, 1e-2)}
+    assert result["best"]["accuracy"] >= 0.8
+    assert told[-1] == (12, 12)
+    assert verify(object_store(), result["uri"]) == []
+    assert capfd.readouterr().out == ""
+    assert not (Path.home() / "ray_results" / "search").exists()
+
+    again = time.perf_counter()
+    assert run(machine, prepared) == result
+    assert time.perf_counter() - again < 5
+
+
+def without_numbers(uri: str, cache: Path) -> str:
+    """A copy of a feature cache in which every value is NaN."""
+    from ray_jobs.feature_cache import commit_features, open_features, write_shard
+
+    features, copy = open_features(uri, object_store(), cache), f"{uri}-nan"
+    entry = write_shard(object_store(), copy, 0, [np.full_like(value, np.nan) for value in features.values], features.labels)
+    commit_features(object_store(), copy, [entry], {"train": features.train, "val": features.val})
+    return copy
+
+
+def search_with_nan(machine: Path, prepared: Any, nan_depth: int, **search: Any) -> dict[str, Any]:
+    from ray_jobs.features_on_ray import cache_features
+    from ray_jobs.search_on_ray import run_search
+
+    spec = spec_of(machine, **search)
+    features = cache_features(spec, *prepared, ignore)["features"]
+    features[str(nan_depth)] = without_numbers(features[str(nan_depth)], machine / "other-cache")
+    return run_search(spec, *prepared, features, ignore)
+
+
+def test_trials_that_diverge_are_recorded_and_the_search_goes_on(machine: Path, prepared: Any) -> None:
+    result = search_with_nan(machine, prepared, 1, seed=1)
+    statuses = {(d["unfreeze_depth"], d["status"], d["accuracy"]) for d in result["trials_detail"] if d["unfreeze_depth"] == 1}
+    assert statuses == {(1, "diverged", None)}
+    assert [d["status"] for d in result["trials_detail"] if d["unfreeze_depth"] == 0] == ["finished"] * 2
+    assert result["best"]["unfreeze_depth"] == 0
+
+
+def test_a_search_whose_trials_all_diverge_says_why_and_commits_nothing(machine: Path, prepared: Any) -> None:
+    with pytest.raises(UserError, match=r"All 2 trials of the search failed\. diverged: the loss became nan in epoch 1"):
+        search_with_nan(machine, prepared, 1, unfreeze_depth=[1], seed=3)
+    with pytest.raises(UserError, match="Every linear probe diverged"):
+        search_with_nan(machine, prepared, 0, seed=4)
+
+
+def test_asha_stops_weak_trials_on_per_epoch_metrics_and_the_trials_depend_on_the_seed_alone(machine: Path, prepared: Any) -> None:
+    chosen = {"lr": {"low": 1e-5, "high": 1e-1}, "num_trials": 8, "scheduler": "asha", "searcher": "random", "max_epochs": 4}
+    result = run(machine, prepared, **chosen)
+    epochs = [detail["epochs"] for detail in result["trials_detail"]]
+    assert "stopped" in {detail["status"] for detail in result["trials_detail"]}
+    assert min(epochs) < 4
+    for detail in result["trials_detail"]:
+        assert [epoch["epoch"] for epoch in detail["curve"]] == list(range(1, detail["epochs"] + 1))
+
+
+def test_optuna_proposes_as_many_trials_as_asked_for(machine: Path, prepared: Any) -> None:
+    result = run(machine, prepared, lr={"low": 1e-4, "high": 1e-1}, num_trials=5, searcher="optuna", max_epochs=2)
+    assert result["trials"] == 5
+    assert all(1e-4 <= detail["lr"] <= 1e-1 for detail in result["trials_detail"])
+
+
+def test_a_killed_worker_costs_its_trial_and_not_the_search(machine: Path, prepared: Any) -> None:
+    killed: list[int] = []
+
+    def kill_one(done: float, total: float) -> None:
+        trials = [p for p in psutil.Process().children(recursive=True) if "Trainable" in " ".join(p.cmdline())]
+        if trials and not killed:
+            killed.append(trials[0].pid)
+            os.kill(trials[0].pid, signal.SIGKILL)
+
+    result = run(machine, prepared, kill_one, max_epochs=20, unfreeze_depth=[1, 2], seed=2)
+    assert killed
+    statuses = [detail["status"] for detail in result["trials_detail"]]
+    assert len(statuses) == 4
+    assert 1 <= sum(status in ("failed", "out_of_memory") for status in statuses) <= 2
+    assert "finished" in statuses
+
+
+def test_a_worker_trains_without_ever_loading_torchs_compiler() -> None:
+    script = """
+import sys
+from ray_jobs.light_timm import import_timm
+import_timm()
+import torch
+from ray_jobs.cuts import Cuts
+from ray_jobs.train_loop import OneCycleAdamW
+layer = torch.nn.Linear(2, 2)
+optimizer = OneCycleAdamW(list(layer.parameters()), peak_lr=0.1, weight_decay=0.0, steps=2)
+layer(torch.ones(1, 2)).sum().backward()
+optimizer.step()
+assert "torch._dynamo" not in sys.modules and "sympy" not in sys.modules
+import torch._dynamo
+assert callable(torch._dynamo.disable) and torch._dynamo.__file__
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)

@@ -1,0 +1,303 @@
+"""The whole job as its users run it: the command line in its own process, seen by outside S3, MLflow and Prefect clients."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import yaml
+
+from tests.small_data import CLASSES, write_folder
+
+pytestmark = pytest.mark.slow
+UNFREEZE = Path(sys.executable).with_name("unfreeze")
+TIMEOUT_S = 600
+
+
+class Site:
+    """One UNFREEZE_HOME with its embedded stack up, and the small data."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.env = {**os.environ, "UNFREEZE_HOME": str(folder / "home")}
+        self.images = write_folder(folder / "images")
+        self.status: dict[str, Any] = {}
+
+    def run(self, *arguments: object, expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [str(UNFREEZE), *map(str, arguments)]
+        done = subprocess.run(command, env=self.env | env, cwd=self.folder, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+        return done
+
+    def json(self, *arguments: object, **env: str) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(self.run(*arguments, "--json", **env).stdout)
+        return answer
+
+    def spec(self, name: str, **changes: Any) -> Path:
+        content: dict[str, Any] = {
+            "name": name,
+            "data": {"source": str(self.images), "image_size": 32, "val_fraction": 0.2, "holdout_fraction": 0.25},
+            "backbone": {"name": "resnet18", "weights": "none"},
+            "search": {"unfreeze_depth": [0, 1], "lr": [1e-3, 1e-2], "max_epochs": 2},
+            "fit": {"num_workers": 1, "max_epochs": 2},
+        }
+        for path, value in changes.items():
+            part, _, key = path.partition("__")
+            content[part][key] = value
+        path_of = self.folder / f"{name}.yaml"
+        path_of.write_text(yaml.safe_dump(content), encoding="utf-8")
+        return path_of
+
+    def s3(self) -> Any:
+        found = self.status["s3"]
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=found["endpoint"],
+            aws_access_key_id=found["access_key"],
+            aws_secret_access_key=found["secret_key"],
+            region_name="us-east-1",
+        )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    made = Site(tmp_path_factory.mktemp("site"))
+    made.run("up")
+    made.status = made.json("status")
+    try:
+        yield made
+    finally:
+        made.run("down")
+
+
+@pytest.fixture(scope="module")
+def first(site: Site) -> dict[str, Any]:
+    return site.json("retrain", site.spec("shapes"))
+
+
+def test_the_first_retraining_is_promoted_and_answers_by_the_contract(first: dict[str, Any]) -> None:
+    assert first["status"] == "promoted"
+    assert first["dataset"]["images"] == 90
+    assert first["dataset"]["classes"] == 3
+    assert first["dataset"]["train"] + first["dataset"]["val"] + first["dataset"]["holdout"] == 90
+    assert first["search"]["trials"] == 4
+    assert first["fit"]["workers"] == 1
+    assert set(first["evaluation"]["challenger"]["per_class"]) == set(CLASSES)
+    assert first["evaluation"]["champion"] is None
+    assert first["model"]["champion_version"] == first["model"]["version"] == "1"
+    assert first["publish"]["verified"] is True
+    assert set(first["seconds"]) == {"prepare", "cache", "search", "fit", "evaluate", "publish", "total"}
+
+
+def test_an_outside_s3_client_lists_what_was_published(site: Site, first: dict[str, Any]) -> None:
+    bucket = site.status["s3"]["bucket"]
+    keys = {item["Key"] for item in site.s3().list_objects_v2(Bucket=bucket, Prefix="models/shapes/1/")["Contents"]}
+    expected = ("model.safetensors", "config.json", "labels.json", "preprocessing.json", "evaluation.json", "report.html", "MANIFEST.json")
+    assert keys == {f"models/shapes/1/{name}" for name in expected}
+
+
+def test_an_outside_mlflow_client_finds_champion_search_and_trials_and_nothing_is_running(site: Site, first: dict[str, Any]) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(site.status["mlflow"]["uri"])
+    champion = client.get_model_version_by_alias("shapes", "champion")
+    assert str(champion.version) == "1"
+    assert champion.tags["unfreeze.dataset_version"] == first["dataset"]["version"]
+    experiment = client.get_experiment_by_name("shapes")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    kinds = [run.data.tags["unfreeze.kind"] for run in runs]
+    assert sorted(kinds) == ["evaluation", "fit", "search", *["trial"] * 4]
+    search = next(run for run in runs if run.data.tags["unfreeze.kind"] == "search")
+    trials = [run for run in runs if run.data.tags["unfreeze.kind"] == "trial"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in trials} == {search.info.run_id}
+    assert {run.data.params["unfreeze_depth"] for run in trials} == {"0", "1"}
+    assert all(client.get_metric_history(run.info.run_id, "val_accuracy") for run in trials)
+
+
+def test_prefect_shows_the_flow_run_with_its_tasks_and_artifacts(site: Site, first: dict[str, Any]) -> None:
+    api = site.status["prefect"]["api_url"]
+    run = _get(f"{api}/flow_runs/{first['flow_run_id']}")
+    assert run["state"]["type"] == "COMPLETED"
+    wanted = {"flow_runs": {"id": {"any_": [first["flow_run_id"]]}}}
+    tasks = {task["name"].rsplit("-", 1)[0] for task in _post(f"{api}/task_runs/filter", wanted)}
+    assert {"prepare data", "prepare backbone", "cache features", "search", "fit", "evaluate", "register", "publish", "promote"} <= tasks
+    kinds = {artifact["type"] for artifact in _post(f"{api}/artifacts/filter", wanted)}
+    assert {"markdown", "table"} <= kinds
+
+
+def test_the_champion_loads_with_plain_mlflow_elsewhere_and_holds_no_pickle(site: Site, first: dict[str, Any]) -> None:
+    code = """
+import glob, json, sys
+import mlflow, pandas
+model = mlflow.pyfunc.load_model("models:/shapes@champion")
+images = [open(path, "rb").read() for path in sorted(glob.glob(sys.argv[1] + "/*/000.png"))] + [b"no image"]
+rows = model.predict(pandas.DataFrame({"image": images})).to_dict("records")
+ours = [name for name in sys.modules if name.split(".")[0] in ("flows", "tasks", "ray_jobs", "infra", "ray", "prefect")]
+folder = mlflow.artifacts.download_artifacts("models:/shapes@champion")
+pickles = glob.glob(folder + "/**/*.pkl", recursive=True)
+print(json.dumps({"rows": rows, "ours": ours, "pickles": pickles}))
+"""
+    env = {"MLFLOW_TRACKING_URI": site.status["mlflow"]["uri"], "PATH": os.environ["PATH"], "HOME": str(site.folder)}
+    command = [sys.executable, "-W", "ignore", "-c", code, str(site.images)]
+    done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert [row["class"] for row in answer["rows"][:3]].count(None) == 0
+    assert all(0 < row["probability"] <= 1 for row in answer["rows"][:3])
+    assert "image" in answer["rows"][3]["error"]
+    assert answer["ours"] == []
+    assert answer["pickles"] == []
+
+
+def test_the_same_command_again_skips_and_keeps_the_champion(site: Site, first: dict[str, Any]) -> None:
+    again = site.json("retrain", site.spec("shapes"))
+    assert again["status"] == "skipped"
+    assert again["model"] == first["model"]
+    assert again["evaluation"] == first["evaluation"]
+
+
+def test_predict_streams_an_answer_for_each_file_and_goes_on_after_a_bad_one(site: Site, first: dict[str, Any]) -> None:
+    bad = site.folder / "bad.png"
+    bad.write_bytes(b"\x89PNG no more")
+    good = site.images / "circle" / "000.png"
+    done = site.run("predict", "shapes@champion", bad, good, site.folder / "missing.png", site.images / "stripes", "--json")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [set(row) for row in rows[:3]] == [{"file", "error"}, {"file", "class", "probability"}, {"file", "error"}]
+    assert len(rows) == 3 + 30
+    assert {row["class"] for row in rows if "class" in row} <= set(CLASSES)
+
+
+def test_another_search_is_judged_against_the_champion_on_the_same_images(site: Site, first: dict[str, Any]) -> None:
+    second = site.json("retrain", site.spec("shapes", search__seed=1))
+    assert second["status"] in ("promoted", "kept")
+    assert second["model"]["version"] == "2"
+    assert second["dataset"]["version"] == first["dataset"]["version"]
+    assert second["evaluation"]["champion"]["accuracy"] == first["evaluation"]["challenger"]["accuracy"]
+    gain = second["evaluation"]["challenger"]["accuracy"] - second["evaluation"]["champion"]["accuracy"]
+    assert (second["status"] == "promoted") == (gain > 0)
+
+
+def test_verify_finds_a_missing_an_altered_and_an_extra_object(site: Site, first: dict[str, Any]) -> None:
+    uri, bucket = first["publish"]["uri"], site.status["s3"]["bucket"]
+    assert site.json("verify", uri)["verified"] is True
+    s3, copy = site.s3(), "models/shapes/copy"
+    for name in ("MANIFEST.json", "labels.json", "config.json", "model.safetensors", "evaluation.json", "report.html"):
+        body = s3.get_object(Bucket=bucket, Key=f"models/shapes/1/{name}")["Body"].read()
+        s3.put_object(Bucket=bucket, Key=f"{copy}/{name}", Body=b"[]" if name == "labels.json" else body)
+    s3.put_object(Bucket=bucket, Key=f"{copy}/more.txt", Body=b"x")
+    done = site.run("verify", f"s3://{bucket}/{copy}", "--json", expect=2)
+    problems = {row["key"]: row["problem"] for row in json.loads(done.stdout)["problems"]}
+    assert problems == {"preprocessing.json": "missing", "labels.json": "altered", "more.txt": "extra"}
+
+
+def test_a_zip_with_a_transformer_an_s3_prefix_with_a_convnext_and_a_manifest_all_work(site: Site) -> None:
+    archive = site.folder / "images.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(site.images.rglob("*.png")):
+            file.write(path, path.relative_to(site.images))
+    bucket = site.status["s3"]["bucket"]
+    for path in site.images.rglob("*.png"):
+        site.s3().upload_file(str(path), bucket, f"incoming/{path.relative_to(site.images)}")
+    manifest = site.folder / "manifest.csv"
+    lines = [f"images/{path.relative_to(site.images)},{path.parent.name}" for path in sorted(site.images.rglob("*.png"))]
+    manifest.write_text("\n".join(["image,label", *lines]), encoding="utf-8")
+    small = {"search__lr": [3e-3], "search__max_epochs": 1, "fit__max_epochs": 1}
+    answers = [
+        site.json("retrain", site.spec("zipped", data__source=str(archive), backbone__name="vit_tiny_patch16_224", **small)),
+        site.json("retrain", site.spec("prefixed", data__source=f"s3://{bucket}/incoming", backbone__name="convnext_atto", **small)),
+        site.json("search", site.spec("listed", data__source=str(manifest), **small)),
+    ]
+    assert [answer.get("status") for answer in answers] == ["promoted", "promoted", None]
+    assert len({answer["dataset"]["version"] for answer in answers}) == 1
+
+
+def test_a_job_killed_in_its_search_carries_on_and_leaves_nothing_running(site: Site) -> None:
+    spec = site.spec("killed", search__max_epochs=3, search__lr=[1e-3, 3e-3, 1e-2])
+    log = site.folder / "killed.log"
+    with log.open("w") as stderr:
+        victim = subprocess.Popen([str(UNFREEZE), "retrain", str(spec)], env=site.env, cwd=site.folder, stderr=stderr, stdout=stderr)
+        deadline = time.monotonic() + TIMEOUT_S
+        while "Searching" not in log.read_text():
+            assert victim.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+    answer = site.json("retrain", spec)
+    assert answer["status"] == "promoted"
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(site.status["mlflow"]["uri"])
+    experiment = client.get_experiment_by_name("killed")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert len([run for run in runs if run.data.tags["unfreeze.kind"] == "trial"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"backbone__name": "resnet_18"}, "resnet18"),
+        ({"search__unfreeze_depth": [0, 99]}, "99"),
+        ({"backbone__weights": "package:no_such_package"}, "no_such_package"),
+        ({"backbone__weights": "missing.safetensors"}, "missing.safetensors"),
+        ({"fit__num_workers": 64}, "64"),
+        ({"data__source": "s3://unfreeze/nothing-here"}, "nothing-here"),
+        ({"data__source": "s3://no-such-bucket-anywhere/x"}, "no-such-bucket-anywhere"),
+    ],
+)
+def test_a_mistake_that_only_a_server_or_the_backbone_can_see_is_named(site: Site, changes: dict[str, Any], named: str) -> None:
+    done = site.run("retrain", site.spec("wrong", **changes), expect=2)
+    complaint = done.stderr.split("unfreeze:")[-1]
+    assert named in complaint
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_service_that_is_down_ends_with_exit_code_3_and_its_name(site: Site) -> None:
+    down = {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    done = site.run("verify", "s3://unfreeze/models/shapes/1", expect=3, **down)
+    assert "127.0.0.1:9" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_source_that_grows_keeps_every_image_on_its_side(site: Site, first: dict[str, Any]) -> None:
+    grown = site.folder / "grown"
+    shutil.copytree(site.images, grown)
+    write_folder(site.folder / "more", images_per_class=34)
+    for label in CLASSES:
+        for path in sorted((site.folder / "more" / label).iterdir())[30:]:
+            shutil.copy(path, grown / label / path.name)
+    answer = site.json("search", site.spec("shapes", data__source=str(grown), search__lr=[1e-2], search__max_epochs=1))
+    assert answer["dataset"]["images"] == 102
+    assert answer["dataset"]["version"] != first["dataset"]["version"]
+
+
+def _get(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        return json.load(answer)
+
+
+def _post(url: str, body: Any) -> Any:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)

@@ -1,0 +1,100 @@
+"""A folder is whole or absent, whenever its writer dies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infra.committed_folder import MANIFEST, Problem, commit, fetch, read_manifest, verify
+from infra.errors import UserError
+from tests.fakes import MemoryObjectStore
+
+URI = "s3://bucket/folder"
+FILES: dict[str, Path | bytes] = {"a": b"alpha", "b/c": b"beta", "d": b""}
+
+
+class KilledError(Exception):
+    """Stands for the process that dies."""
+
+
+@given(dies_at=st.integers(0, 3))
+def test_a_crash_at_any_write_leaves_no_committed_folder_and_the_next_commit_completes_it(dies_at: int) -> None:
+    store = MemoryObjectStore()
+
+    def die(uri: str) -> None:
+        if store.writes >= dies_at:
+            raise KilledError
+
+    store.before_write = die
+    with pytest.raises(KilledError):
+        commit(store, URI, FILES)
+    assert read_manifest(store, URI) is None
+    store.before_write = lambda uri: None
+    commit(store, URI, FILES)
+    assert verify(store, URI) == []
+
+
+def test_the_manifest_is_the_last_write() -> None:
+    store = MemoryObjectStore()
+    order: list[str] = []
+    store.before_write = order.append
+    commit(store, URI, FILES)
+    assert order[-1] == f"{URI}/{MANIFEST}"
+    assert len(order) == len(FILES) + 1
+
+
+def test_a_second_commit_of_the_same_content_writes_nothing() -> None:
+    store = MemoryObjectStore()
+    assert commit(store, URI, FILES).transferred == len(FILES)
+    writes = store.writes
+    assert commit(store, URI, FILES).transferred == 0
+    assert store.writes == writes
+
+
+def test_changing_one_object_sends_that_one_and_removes_what_is_no_longer_wanted() -> None:
+    store = MemoryObjectStore()
+    commit(store, URI, FILES)
+    assert commit(store, URI, {"a": b"new", "d": b""}).transferred == 1
+    assert verify(store, URI) == []
+    assert not store.exists(f"{URI}/b/c")
+
+
+def test_a_crash_while_changing_a_committed_folder_leaves_it_uncommitted() -> None:
+    store = MemoryObjectStore()
+    commit(store, URI, FILES)
+
+    def die(uri: str) -> None:
+        raise KilledError
+
+    store.before_write = die
+    with pytest.raises(KilledError):
+        commit(store, URI, {**FILES, "a": b"new"})
+    assert read_manifest(store, URI) is None
+
+
+def test_verify_names_what_is_missing_altered_and_extra() -> None:
+    store = MemoryObjectStore()
+    commit(store, URI, FILES)
+    store.delete([f"{URI}/a"])
+    store.write(f"{URI}/b/c", b"BETA")  # same size, other content
+    store.write(f"{URI}/more", b"x")
+    assert set(verify(store, URI)) == {Problem("a", "missing"), Problem("b/c", "altered"), Problem("more", "extra")}
+
+
+def test_verifying_what_was_never_published_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match=MANIFEST):
+        verify(MemoryObjectStore(), URI)
+
+
+def test_a_local_copy_is_made_once_and_never_from_altered_objects(tmp_path: Path) -> None:
+    store = MemoryObjectStore()
+    commit(store, URI, FILES)
+    folder = fetch(store, URI, tmp_path)
+    assert (folder / "b" / "c").read_bytes() == b"beta"
+    store.write(f"{URI}/a", b"ALPHA")
+    assert fetch(store, URI, tmp_path) == folder
+    with pytest.raises(ValueError, match="does not match"):
+        fetch(store, URI, tmp_path / "elsewhere")

@@ -1,0 +1,109 @@
+"""Every mistake in a spec is named, all at once, with the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from infra.errors import UserError
+from ray_jobs.spec import Spec, load_spec, parse_spec
+
+MINIMAL = {"name": "pets", "data": {"source": "pets.zip"}, "backbone": {"name": "resnet18"}}
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "spec.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_example_in_the_contract_is_valid() -> None:
+    spec = load_spec(Path("examples/emoji.yaml"))
+    assert spec.search.unfreeze_depth == (0, 1, 2, 4)
+    assert spec.search.resolved_searcher == "random"
+    assert Path(spec.data.source).is_file()
+
+
+def test_all_mistakes_are_listed_at_once_with_the_path_of_each() -> None:
+    wrong = {"data": {"sorce": "x", "image_size": "big"}, "backbone": {"name": "r"}, "search": {"lr": {"low": 1, "high": 0.1}}, "nme": 1}
+    with pytest.raises(UserError) as caught:
+        parse_spec(wrong)
+    text = str(caught.value)
+    assert "did you mean 'source'" in text
+    assert "did you mean 'name'" in text
+    for path in ("data.source: required", "data.image_size:", "search.lr: low must be below high"):
+        assert path in text
+    assert "LrRange" not in text
+    assert "tuple" not in text
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("search.unfreeze_depth=[]", "search.unfreeze_depth"),
+        ("search.unfreeze_depth=[0,0]", "different"),
+        ("search.unfreeze_depth=[-1]", "search.unfreeze_depth"),
+        ("search.lr=[0]", "search.lr"),
+        ("search.lr=.nan", "search.lr"),
+        ("search.searcher=grid", "grid needs a list"),
+        ("data.holdout_fraction=0.9", "0.9"),
+        ("name=a/b", "name"),
+        ("storage=/tmp/x", "storage"),
+        ("search.scheduler=asah", "search.scheduler"),
+        ("fit.num_workers=0", "fit.num_workers"),
+        ("data=5", "data"),
+        ("data.image_size.x=5", "image_size"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(override: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        load_spec(Path("examples/emoji.yaml"), [override])
+
+
+def test_overrides_take_yaml_values_and_reach_nested_keys() -> None:
+    spec = load_spec(Path("examples/emoji.yaml"), ["search.lr=[1e-3, 0.01]", "fit.num_workers=1", "search.searcher=null"])
+    assert spec.search.lr == (1e-3, 1e-2)
+    assert spec.search.resolved_searcher == "grid"
+    assert spec.fit.num_workers == 1
+
+
+@pytest.mark.parametrize("override", ["nothing", "=1", "name=[", "search.lr: 5"])
+def test_an_override_of_another_form_is_refused(override: str) -> None:
+    with pytest.raises(UserError, match="--set"):
+        load_spec(Path("examples/emoji.yaml"), [override])
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "just words", ""])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match=r"spec\.yaml"):
+        load_spec(write(tmp_path, text))
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no spec file"):
+        load_spec(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_spec(tmp_path)
+
+
+def test_relative_paths_are_taken_from_the_specs_folder(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: a\ndata: {source: images}\nbackbone: {name: resnet18, weights: w.safetensors}\n")
+    spec = load_spec(path)
+    assert spec.data.source == str(tmp_path / "images")
+    assert spec.backbone.weights == str(tmp_path / "w.safetensors")
+
+
+def test_the_digest_knows_what_matters_and_not_where_things_lie() -> None:
+    spec = parse_spec(MINIMAL)
+    elsewhere = spec.model_copy(update={"storage": "s3://other", "data": spec.data.model_copy(update={"source": "elsewhere"})})
+    other = spec.model_copy(update={"fit": spec.fit.model_copy(update={"num_workers": 2})})
+    assert spec.digest == elsewhere.digest
+    assert spec.digest != other.digest
+
+
+def test_the_schema_describes_every_key() -> None:
+    schema = Spec.model_json_schema()
+    for part in [schema, *schema["$defs"].values()]:
+        for name, field in part["properties"].items():
+            assert "description" in field or "$ref" in field or "allOf" in field, name

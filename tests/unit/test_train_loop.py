@@ -1,0 +1,140 @@
+"""The training loop of a trial: torch's own AdamW and OneCycleLR, exact from the cache, and honest when it diverges."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from ray_jobs.cuts import Cuts
+from ray_jobs.features import features_of
+from ray_jobs.groups import freeze, num_groups, set_mode
+from ray_jobs.preprocessing import normalise
+from ray_jobs.train_loop import Diverged, OneCycleAdamW, Recipe, Rows, SuffixTraining, class_weights
+from ray_jobs.trial import normalised
+
+SIZE, TRAIN, VAL, CLASSES = 32, 24, 8, 3
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+RECIPE = Recipe(lr=1e-3, max_epochs=2, batch_size=8, weight_decay=1e-2, label_smoothing=0.1, class_weights=(0.5, 1.0, 1.5), seed=5)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model("resnet10t", num_classes=CLASSES).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bn2.weight"):
+            nn.init.uniform_(parameter, 0.5, 1.5)  # zero-initialised gammas would hide what the blocks do
+    return model
+
+
+def pixels_and_labels() -> tuple[np.ndarray, torch.Tensor]:
+    rng = np.random.default_rng(1)
+    return rng.integers(0, 256, (TRAIN + VAL, SIZE, SIZE, 3), dtype=np.uint8), torch.from_numpy(rng.integers(0, CLASSES, TRAIN + VAL))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, "all"])
+def test_training_on_cached_features_equals_training_the_whole_model_on_images(depth: int | str) -> None:
+    model = small_model()
+    depth = num_groups(model) if isinstance(depth, str) else depth
+    cuts = Cuts(model, [depth], SIZE)
+    model.double()  # Adam blows single precision's rounding up
+    twin = copy.deepcopy(model)
+    start = copy.deepcopy(model.state_dict())
+    pixels_NHWC, labels_N = pixels_and_labels()
+
+    freeze(twin, depth)
+    images_NCHW = torch.from_numpy(normalise(pixels_NHWC, MEAN, STD)).double()
+    whole = SuffixTraining(twin, Rows([images_NCHW], labels_N, TRAIN), RECIPE, set_mode=lambda on: set_mode(twin, depth, on))
+    expected = [whole.epoch() for _ in range(2)]
+
+    values = features_of(cuts if depth < num_groups(model) else None, pixels_NHWC, depths=[depth], mean=MEAN, std=STD)[depth]
+    suffix = cuts.suffix(depth)
+    prepare: Callable = tuple if depth < num_groups(model) else lambda v: [normalised(v, MEAN, STD)[0].double()]
+    rows = Rows([torch.from_numpy(v) for v in values], labels_N, TRAIN)
+    cached = SuffixTraining(suffix, rows, RECIPE, set_mode=suffix.train, prepare=prepare)
+    found = [cached.epoch() for _ in range(2)]
+
+    for one, other in zip(expected, found, strict=True):
+        assert other.train_loss == pytest.approx(one.train_loss, abs=1e-6)
+        assert other.val_loss == pytest.approx(one.val_loss, abs=1e-6)
+        assert other.val_accuracy == one.val_accuracy
+    for (name, one), other in zip(twin.state_dict().items(), model.state_dict().values(), strict=True):
+        torch.testing.assert_close(other, one, atol=1e-6, rtol=1e-6, msg=name)
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, start[name])}
+    assert moved == {name for name, value in twin.named_parameters() if value.requires_grad}
+
+
+def test_stored_pixels_become_the_very_images_that_preprocessing_makes() -> None:
+    pixels_NHWC, _ = pixels_and_labels()
+    (images_NCHW,) = normalised([torch.from_numpy(pixels_NHWC)], MEAN, STD)
+    np.testing.assert_array_equal(images_NCHW.numpy(), normalise(pixels_NHWC, MEAN, STD))
+
+
+def test_the_optimizer_steps_exactly_as_torchs_adamw_under_its_one_cycle_schedule() -> None:
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4)).to(memory_format=torch.channels_last)
+    theirs = copy.deepcopy(ours)
+    optimizer = OneCycleAdamW(list(ours.parameters()), peak_lr=3e-2, weight_decay=0.05, steps=10)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=3e-2, weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(reference, 3e-2, total_steps=10)
+    for _ in range(10):
+        images_BCHW = torch.randn(5, 3, 8, 8)
+        ours(images_BCHW).square().mean().backward()
+        optimizer.step()
+        reference.zero_grad()
+        theirs(images_BCHW).square().mean().backward()
+        reference.step()
+        schedule.step()
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7])
+def test_even_a_search_of_very_few_steps_has_a_schedule(steps: int) -> None:
+    layer = nn.Linear(2, 2)
+    optimizer = OneCycleAdamW(list(layer.parameters()), peak_lr=1e-2, weight_decay=0.0, steps=steps)
+    for _ in range(steps):
+        layer(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    assert all(torch.isfinite(p).all() for p in layer.parameters())
+
+
+def linear_training(recipe: Recipe, features_ND: torch.Tensor | None = None) -> SuffixTraining:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, CLASSES)
+    values_ND = torch.randn(TRAIN + VAL, 6) if features_ND is None else features_ND
+    labels_N = torch.randint(0, CLASSES, (TRAIN + VAL,))
+    return SuffixTraining(layer, Rows([values_ND], labels_N, TRAIN), recipe, set_mode=layer.train)
+
+
+def test_a_loss_that_is_no_number_raises_diverged_with_its_epoch() -> None:
+    training = linear_training(RECIPE, torch.full((TRAIN + VAL, 6), float("inf")))
+    with pytest.raises(Diverged, match="epoch 1"):
+        training.epoch()
+
+
+def test_the_same_seed_gives_the_same_training_and_another_seed_another_order() -> None:
+    one, two = linear_training(RECIPE).epoch(), linear_training(RECIPE).epoch()
+    assert (one.train_loss, one.val_loss) == (two.train_loss, two.val_loss)
+    other = linear_training(Recipe(**{**vars(RECIPE), "seed": 6})).epoch()
+    assert other.train_loss != one.train_loss
+
+
+def test_rare_classes_weigh_more_only_where_the_classes_are_imbalanced() -> None:
+    assert class_weights([10, 15, 20], "auto") is None
+    assert class_weights([10, 1000], "none") is None
+    weights = class_weights([100, 400], "auto")
+    assert weights is not None
+    assert weights[0] == pytest.approx(2 * weights[1])
+    assert sum(weights) / len(weights) == pytest.approx(1.0)
+    assert class_weights([0, 1, 9], "auto") is not None
