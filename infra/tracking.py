@@ -6,6 +6,7 @@ killed process left half-written is found by its identity, deleted and written a
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +64,7 @@ def client() -> MlflowClient:
     import mlflow
     from mlflow.tracking import MlflowClient
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # its remarks on each registration are for notebooks
     uri = os.environ["MLFLOW_TRACKING_URI"]
     mlflow.set_tracking_uri(uri)
     return MlflowClient(uri)

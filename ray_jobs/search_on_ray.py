@@ -73,7 +73,8 @@ def run_search(
     seconds = time.perf_counter() - started
     result = {
         "search_id": found_id, "uri": uri, "leaderboard_uri": join_uri(uri, "leaderboard.parquet"), "trials": len(details),
-        "best": best_of(best), "probe": {**probe["summary"], "uri": join_uri(uri, "probe")}, "seconds": seconds, "trials_detail": details,
+        "best": best_of(best), "probe": {**probe["summary"], "uri": join_uri(uri, "probe", "probe.safetensors")},
+        "seconds": seconds, "trials_detail": details,
         "cost": {"estimated_s": None, "measured_s": seconds, "prefix_s": None, "trials_s": trials_s, "flops": flops,
                  "flops_without_sharing": unshared},
     }  # fmt: skip

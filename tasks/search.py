@@ -24,7 +24,7 @@ def run_search(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], fe
 
     with progress.step("Searching depth and learning rate") as on_progress, ray_cluster.connect():
         found: dict[str, Any] = search_on_ray.run_search(spec, dataset, backbone, features["features"], on_progress)
-    return found
+    return {**found, "cost": {**found["cost"], "prefix_s": features["seconds"]}}
 
 
 @effect(name="record search", timeout_s=3600)
