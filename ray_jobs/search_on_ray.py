@@ -176,7 +176,9 @@ def _scheduler(search: SearchSpec) -> Any:
 
     if search.scheduler == "fifo" or search.max_epochs == 1:
         return FIFOScheduler()  # type: ignore[no-untyped-call]
-    return ASHAScheduler(time_attr="training_iteration", max_t=search.max_epochs, grace_period=1, reduction_factor=3)
+    # not after one epoch: what has just been unfrozen first falls behind, while BatchNorm's statistics move to the new data
+    grace = min(2, search.max_epochs - 1)
+    return ASHAScheduler(time_attr="training_iteration", max_t=search.max_epochs, grace_period=grace, reduction_factor=3)
 
 
 @contextmanager

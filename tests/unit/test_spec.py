@@ -20,7 +20,7 @@ def write(folder: Path, text: str) -> Path:
 
 def test_the_example_in_the_contract_is_valid() -> None:
     spec = load_spec(Path("examples/emoji.yaml"))
-    assert spec.search.unfreeze_depth == (0, 1, 2, 4)
+    assert spec.search.unfreeze_depth == (0, 1, 2, 3)
     assert spec.search.resolved_searcher == "random"
     assert Path(spec.data.source).is_file()
 
