@@ -91,8 +91,7 @@ def _family(known: list[ProcessRecord]) -> dict[psutil.Process, str]:
             members.update(dict.fromkeys(_children(process), one.what))
     for process, what in _in_sessions_of(known).items():
         members.setdefault(process, what)
-    members.pop(psutil.Process(), None)
-    return members
+    return {process: what for process, what in members.items() if process.pid != os.getpid()}
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
