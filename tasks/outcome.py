@@ -37,7 +37,7 @@ def judged(spec: Spec, parts: dict[str, Any], model: dict[str, Any], champion: d
     return {
         **parts,
         "decision": plain_decision(decision) | {"version": model["version"], "champion_version": champion_version},
-        "seconds": seconds,
+        "seconds": seconds | {"total": sum(seconds.values())},
     }
 
 
