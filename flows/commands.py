@@ -87,7 +87,7 @@ def _checked(path: Path, overrides: Sequence[str]) -> Spec:
 @contextmanager
 def _services(spec: Spec) -> Iterator[None]:
     """All four services, and one connection to Ray for all steps."""
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "50")  # our own progress speaks; Prefect's lines go to its server
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # our own progress speaks; Prefect's lines go to its server
     with ExitStack() as exits:
         with progress.step("Finding or starting the services"):
             exits.enter_context(local_stack.session(["s3", "mlflow", "prefect", "ray"], storage=spec.storage))
