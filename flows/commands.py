@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -91,5 +92,13 @@ def _services(spec: Spec) -> Iterator[None]:
     with ExitStack() as exits:
         with progress.step("Finding or starting the services"):
             exits.enter_context(local_stack.session(["s3", "mlflow", "prefect", "ray"], storage=spec.storage))
+        exits.callback(_send_logs)
         exits.enter_context(ray_cluster.one_connection())
         yield
+
+
+def _send_logs() -> None:
+    """Let Prefect's server have the last log lines while it still runs."""
+    from prefect.logging.handlers import APILogHandler
+
+    asyncio.run(APILogHandler.aflush())
