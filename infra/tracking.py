@@ -84,6 +84,10 @@ def translated() -> Iterator[None]:
         ) from error
 
 
+TRAINING_PAGE = {"mlflow.experimentKind": "custom_model_development"}
+"""Without it MLflow's page opens an experiment on its GenAI side, where neither searches nor trials are seen."""
+
+
 def experiment_id(name: str) -> str:
     """The id of the experiment `name`, created where missing."""
     from mlflow.exceptions import MlflowException
@@ -93,7 +97,7 @@ def experiment_id(name: str) -> str:
         if found is not None:
             return str(found.experiment_id)
         try:
-            return str(client().create_experiment(name))
+            return str(client().create_experiment(name, tags=TRAINING_PAGE))
         except MlflowException:  # another process was faster
             found = client().get_experiment_by_name(name)
             if found is None:
