@@ -132,7 +132,7 @@ def plan_fit(spec: Spec, dataset: Mapping[str, Any], backbone: Mapping[str, Any]
         "probe_lr": probe["lr"], "probe_accuracy": probe["accuracy"], "probe_val_loss": probe["val_loss"],
         "unfreeze_depth": best["unfreeze_depth"], "lr": best["lr"],
         "max_epochs": spec.fit_max_epochs, "patience": spec.fit.patience, "batch_size": spec.fit.batch_size_per_worker,
-        "weight_decay": spec.search.weight_decay, "label_smoothing": spec.search.label_smoothing,
+        "weight_decay": best["weight_decay"], "label_smoothing": best["label_smoothing"],
         "class_weights": spec.search.class_weights, "augmentation": spec.fit.augmentation, "seed": spec.search.seed,
         "image_size": spec.data.image_size, "mean": tuple(backbone["mean"]), "std": tuple(backbone["std"]),
         "max_pixels": int(spec.data.max_megapixels * 1e6), "num_workers": spec.fit.num_workers,

@@ -232,7 +232,7 @@ class _Chunk:
         recipes = [result.recipe for result in self.results]
         self.smoothing_H1 = like.new_tensor([recipe.label_smoothing for recipe in recipes])[:, None]
         self.class_weights_HK = like.new_tensor([recipe.class_weights or (1.0,) * like.shape[1] for recipe in recipes]).view(
-            len(recipes), -1
+            len(recipes), like.shape[1]
         )
         stacks = ((self.weight_HKD, self.bias_HK), (self.weight_grad_HKD, self.bias_grad_HK), *self.moments)
         self.parts = [[[tensor[index] for tensor in stack[: len(self.names)]] for stack in stacks] for index in range(len(recipes))]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
-import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -14,21 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.errors import UserError
-from ray_jobs.spec import LrRange, SearchSpec, Spec, digest_of
+from ray_jobs.search_space import TrialConfig
+from ray_jobs.spec import Spec, digest_of
 
-SEARCH_CODE_VERSION = 1
+SEARCH_CODE_VERSION = 2
 """Raise it when the same spec would give other trials or other results: a stored search is then not taken for it."""
 
 Status = Literal["finished", "stopped", "diverged", "out_of_memory", "failed"]
 FAILURES: tuple[Status, ...] = ("diverged", "out_of_memory", "failed")
-
-
-@dataclass(frozen=True)
-class TrialConfig:
-    """One point of the search space."""
-
-    unfreeze_depth: int
-    lr: float
 
 
 @dataclass(frozen=True)
@@ -44,94 +34,59 @@ class Epoch:
 
 @dataclass
 class TrialRecord:
-    """One trial, as far as it came."""
+    """One trial, as far as it came. `stopped_after` is the epoch at which a scheduler or the budget cut it, and its curve ends there."""
 
     trial_id: str
     config: TrialConfig
     started_at: int = 0
     seconds: float = 0.0
     curve: list[Epoch] = field(default_factory=list)
+    stopped_after: int | None = None
     status: Status | None = None
     reason: str = ""
 
     @property
+    def counted(self) -> list[Epoch]:
+        """The epochs that count: a late judgement cuts those after it."""
+        return self.curve if self.stopped_after is None else self.curve[: self.stopped_after]
+
+    @property
     def best_epoch(self) -> Epoch | None:
         """The epoch of highest val accuracy; among equals the one of lowest val loss."""
-        return max(self.curve, key=lambda e: (e.val_accuracy, -e.val_loss), default=None)
+        return max(self.counted, key=lambda e: (e.val_accuracy, -e.val_loss), default=None)
 
     @property
     def accuracy(self) -> float | None:
         return self.best_epoch.val_accuracy if self.best_epoch else None
 
+    @property
+    def failed(self) -> bool:
+        return self.status in FAILURES
 
-def search_id(spec: Spec, *, backbone_digest: str, dataset_version: str) -> str:
+    def is_over(self, max_epochs: int) -> bool:
+        """No further epoch of it will count."""
+        return self.status is not None or self.stopped_after is not None or len(self.curve) >= max_epochs
+
+    def is_out_before(self, rung: int) -> bool:
+        """It ended without coming to this rung."""
+        if self.stopped_after is not None:
+            return self.stopped_after < rung
+        return self.status is not None and len(self.curve) < rung
+
+
+def search_id(spec: Spec, *, backbone_digest: str, dataset_version: str, warm: Sequence[TrialConfig] = ()) -> str:
     """The key of a search's results: equal for equal work, wherever it ran."""
     return digest_of({
         "search": spec.search.model_dump(mode="json"), "image_size": spec.data.image_size, "backbone": backbone_digest,
-        "dataset": dataset_version, "code": SEARCH_CODE_VERSION,
+        "dataset": dataset_version, "warm": [asdict(config) for config in warm], "code": SEARCH_CODE_VERSION,
     })  # fmt: skip
-
-
-def trial_configs(search: SearchSpec) -> list[TrialConfig]:
-    """The trials of a grid or random search, the same for the same spec; cheap depths first, so that early stopping has evidence
-    before it pays for deep ones.
-
-    A random search is stratified: depths get equal shares, and the learning rates of a depth fall one into each of equal parts
-    of the range, so that few trials still cover the plane.
-    """
-    depths = sorted(search.unfreeze_depth)
-    if search.resolved_searcher == "grid":
-        assert not isinstance(search.lr, LrRange), "the spec refuses a grid over a range"
-        return [TrialConfig(depth, lr) for depth, lr in itertools.product(depths, search.lr)]
-    rng = random.Random(search.seed)
-    shares = _shares(search.num_trials, depths, rng)
-    return [TrialConfig(depth, lr) for depth in depths for lr in _learning_rates(search.lr, shares[depth], rng)]
-
-
-def _shares(num_trials: int, depths: Sequence[int], rng: random.Random) -> dict[int, int]:
-    each, left = divmod(num_trials, len(depths))
-    lucky = set(rng.sample(depths, left))
-    return {depth: each + (depth in lucky) for depth in depths}
-
-
-def _learning_rates(lr: LrRange | tuple[float, ...], count: int, rng: random.Random) -> list[float]:
-    if isinstance(lr, tuple):
-        rounds = math.ceil(count / len(lr))
-        return [value for _ in range(rounds) for value in rng.sample(lr, len(lr))][:count]
-    shares = [(part + rng.random()) / count for part in range(count)]
-    rng.shuffle(shares)
-    return [lr_at(lr, share) for share in shares]
-
-
-def lr_at(lr: LrRange, share: float) -> float:
-    """The learning rate `share` of the way from low to high, on the range's own scale."""
-    if lr.scale == "log":
-        return float(lr.low * (lr.high / lr.low) ** share)
-    return lr.low + (lr.high - lr.low) * share
-
-
-def probe_learning_rates(lr: LrRange | tuple[float, ...]) -> list[float]:
-    """The learning rates of the linear probes that run before the search.
-
-    A head alone bears a higher rate than the layers below it, so the grid over a range is shifted up; see docs/LOG.md for the measurement.
-    """
-    if isinstance(lr, tuple):
-        return sorted(lr)
-    low, high = min(lr.low * PROBE_SHIFT, PROBE_LR_CAP), min(lr.high * PROBE_SHIFT, PROBE_LR_CAP)
-    shifted = [low * (high / low) ** (i / (PROBE_POINTS - 1)) for i in range(PROBE_POINTS)]
-    return sorted(set(shifted))
-
-
-PROBE_SHIFT = 3.0
-PROBE_LR_CAP = 0.1
-PROBE_POINTS = 4
 
 
 def ended(record: TrialRecord, max_epochs: int) -> Status:
     """How a trial ended: its failure where it has one, else whether the scheduler cut it short."""
     if record.status is not None:
         return record.status
-    return "finished" if len(record.curve) >= max_epochs else "stopped"
+    return "finished" if len(record.counted) >= max_epochs else "stopped"
 
 
 def status_of_error(error: str) -> Status:
@@ -167,16 +122,18 @@ def best_trial(records: Sequence[TrialRecord]) -> TrialRecord:
 def trial_detail(record: TrialRecord, max_epochs: int) -> dict[str, Any]:
     """One trial as the plain values that `search --json` prints."""
     return {
-        "trial_id": record.trial_id, "unfreeze_depth": record.config.unfreeze_depth, "lr": record.config.lr, "accuracy": record.accuracy,
-        "epochs": len(record.curve), "status": ended(record, max_epochs), "seconds": round(record.seconds, 4),
-        "started_at": record.started_at, "curve": [asdict(epoch) for epoch in record.curve],
+        "trial_id": record.trial_id, **asdict(record.config), "accuracy": record.accuracy, "epochs": len(record.counted),
+        "status": ended(record, max_epochs), "reason": record.reason, "seconds": round(record.seconds, 4), "started_at": record.started_at,
+        "curve": [asdict(epoch) for epoch in record.counted],
     }  # fmt: skip
 
 
 def best_of(record: TrialRecord) -> dict[str, Any]:
-    return {
-        "unfreeze_depth": record.config.unfreeze_depth, "lr": record.config.lr, "accuracy": record.accuracy, "trial_id": record.trial_id,
-    }  # fmt: skip
+    return {**asdict(record.config), "accuracy": record.accuracy, "trial_id": record.trial_id}
+
+
+def percent(share: float) -> str:
+    return f"{share:.1%}"
 
 
 def epochs_table(details: Sequence[Mapping[str, Any]]) -> bytes:
@@ -196,6 +153,14 @@ def leaderboard_table(details: Sequence[Mapping[str, Any]]) -> bytes:
         ("epochs", pa.int32()), ("status", pa.string()), ("seconds", pa.float64()), ("started_at", pa.int64()),
     ])  # fmt: skip
     return _parquet([{"rank": i, **d} for i, d in enumerate(details, 1)], schema)
+
+
+def rungs_table(rungs: Sequence[Mapping[str, Any]]) -> bytes:
+    """rungs.parquet: a row per judgement of a trial at a rung, in the order in which they were made."""
+    schema = pa.schema([
+        ("trial_id", pa.string()), ("rung", pa.int32()), ("accuracy", pa.float64()), ("cutoff", pa.float64()), ("stopped", pa.bool_()),
+    ])  # fmt: skip
+    return _parquet(rungs, schema)
 
 
 def _parquet(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:

@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,28 +20,33 @@ from infra.committed_folder import commit, read_manifest
 from infra.object_store import ObjectStore, join_uri, object_store
 from infra.progress import OnProgress
 from ray_jobs.features_on_ray import num_groups_of, result_of
+from ray_jobs.fidelity import Halving
 from ray_jobs.light_timm import import_timm
+from ray_jobs.proposals import expected_trials, proposer_of
 from ray_jobs.search import (
-    TrialRecord,
     best_of,
     best_trial,
     epochs_table,
     flops_counted,
     leaderboard_table,
-    probe_learning_rates,
     ranked,
+    rungs_table,
     search_id,
-    trial_configs,
     trial_detail,
 )
-from ray_jobs.spec import LrRange, SearchSpec, Spec
+from ray_jobs.search_engine import SearchEngine
+from ray_jobs.search_journal import Journal
+from ray_jobs.search_space import TrialConfig, probe_configs
+from ray_jobs.spec import SearchSpec, Spec
 from ray_jobs.warm_worker import warm_worker
 
 if TYPE_CHECKING:
     from ray_jobs.trial import Work
 
-RESULT = "result.json"
+RESULT, PROBE_HEAD = "result.json", "probe.safetensors"
 TRIALS_A_GPU = 4
+MAX_WORKER_DEATHS = 2
+"""A trial whose worker died starts again this many times; an eviction or a kill then changes nothing in the outcome."""
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON or TensorBoard files: they cost more than a linear probe's epoch
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -53,33 +58,140 @@ QUIET = {
 
 def run_search(
     spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], features: dict[str, str], on_progress: OnProgress,
+    *, warm: Sequence[TrialConfig] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Run the search, or give the stored result of an equal one. Raises UserError where every trial failed."""
-    store, started = object_store(), time.perf_counter()
-    found_id = search_id(spec, backbone_digest=backbone["digest"], dataset_version=dataset["version"])
+    """Run the search, carry on with one that was interrupted, or give the stored result of an equal one.
+
+    `warm` are points of past searches worth trying again. Raises UserError where every trial failed.
+    """
+    store = object_store()
+    found_id = search_id(spec, backbone_digest=backbone["digest"], dataset_version=dataset["version"], warm=warm)
     uri = join_uri(spec.storage, "searches", found_id)
+    journal = Journal(store, f"{uri}.journal")
     if read_manifest(store, uri):
+        journal.delete()  # what a crash after the commit left
         return dict(json.loads(store.read(join_uri(uri, RESULT))))
-    work = work_of(spec, dataset, backbone, features)
-    probe_reference = _start_probe(work, probe_learning_rates(spec.search.lr))
-    trials_started = time.perf_counter()
-    records = _run_trials(spec.search, work, probe_reference, on_progress)
-    trials_s = time.perf_counter() - trials_started
-    probe = result_of(probe_reference)
-    best = best_trial(records)
-    details = [trial_detail(record, spec.search.max_epochs) for record in ranked(records)]
-    forward = {"suffix": probe["suffix_flops"], "whole": probe["whole_flops"]}
-    flops, unshared = flops_counted(details, **forward, train=dataset["train"], val=dataset["val"])
-    seconds = time.perf_counter() - started
-    result = {
-        "search_id": found_id, "uri": uri, "leaderboard_uri": join_uri(uri, "leaderboard.parquet"), "trials": len(details),
-        "best": best_of(best), "probe": {**probe["summary"], "uri": join_uri(uri, "probe", "probe.safetensors")},
-        "seconds": seconds, "trials_detail": details,
-        "cost": {"estimated_s": None, "measured_s": seconds, "prefix_s": None, "trials_s": trials_s, "flops": flops,
-                 "flops_without_sharing": unshared},
+    running = _Running(spec, work_of(spec, dataset, backbone, features), dataset["val"], journal, warm)
+    probe = running.run(on_progress)
+    result = _result(spec, dataset, running, probe) | {
+        "search_id": found_id, "uri": uri, "leaderboard_uri": join_uri(uri, "leaderboard.parquet"),
+        "probe": {**probe["summary"], "uri": join_uri(uri, "probe", PROBE_HEAD)},
     }  # fmt: skip
     _write(store, uri, result, probe)
+    journal.delete()
     return result
+
+
+class _Running:
+    """One search while it runs: the engine, the journal behind it, and the linear probes beside it."""
+
+    def __init__(self, spec: Spec, work: Work, val_images: int, journal: Journal, warm: Sequence[TrialConfig]) -> None:
+        self.search, self.work, self.journal, self.started = spec.search, work, journal, time.perf_counter()
+        events = journal.load()
+        first = next((event for event in events if event["kind"] == "start"), None)
+        self.lanes = first["lanes"] if first else _slots()[0]  # as at the first start, whatever the cluster has now
+        self.already_s = max((event["spent_s"] for event in events), default=0.0)
+        self.already_gpu_s = max((event["spent_gpu_s"] for event in events), default=0.0)
+        proposer = proposer_of(spec.search, lanes=self.lanes, val_images=val_images, warm=warm)
+        self.engine = SearchEngine(proposer, spec.search.max_epochs, _halving(spec.search), self._note)
+        self.engine.restore(events)
+        self.probe: Any = None
+        self.heads: list[int] = []
+        journal.start()
+        if not first:
+            self._note({"kind": "start", "lanes": self.lanes})
+
+    @property
+    def spent_s(self) -> float:
+        return self.already_s + time.perf_counter() - self.started
+
+    @property
+    def spent_gpu_s(self) -> float:
+        return self.already_gpu_s + sum(record.seconds for record in self.engine.records) * _slots()[1].get("gpu", 0)
+
+    def over_budget(self) -> bool:
+        """Whether what the spec allows is spent."""
+        limits = ((self.search.budget_s, self.spent_s), (self.search.budget_gpu_s, self.spent_gpu_s))
+        return any(most is not None and spent >= most for most, spent in limits)
+
+    def run(self, on_progress: OnProgress) -> dict[str, Any]:
+        """Every trial, and the probes' result."""
+        try:
+            self._start_probes()
+            if self._deep_trials_expected():
+                self._run_tune(on_progress)
+            self._take_in_probes(wait=True)
+            self.engine.close()
+        finally:
+            self.journal.close()
+        return dict(self.probe)
+
+    def _note(self, event: dict[str, Any]) -> None:
+        self.journal.append({**event, "spent_s": round(self.spent_s, 3), "spent_gpu_s": round(self.spent_gpu_s, 3)})
+
+    def _start_probes(self) -> None:
+        """Train the linear probes beside the trials' workers, which load torch meanwhile; 0 CPUs, so that no trial waits for it."""
+        self.heads, all_known = self.engine.take_heads()
+        kept = _kept_probes(self.journal) if all_known else None
+        if kept:
+            self.reference = ray.put(kept)
+            return
+        task: Any = ray.remote(_probes).options(num_cpus=0, name="probes")
+        self.reference = task.remote(self.work, [self.engine.records[i].config for i in self.heads], probe_configs(self.search))
+
+    def _take_in_probes(self, wait: bool = False) -> None:
+        """Once the probes are trained, their epochs are the search's."""
+        if self.probe is not None or not (wait or ray.wait([self.reference], timeout=0)[0]):
+            return
+        probe = result_of(self.reference)
+        _keep_probes(self.journal, probe)  # before the events that make them done
+        for index, trained in zip(self.heads, probe["trials"], strict=bool(probe["trials"])):
+            for epoch in trained.curve:
+                self.engine.report(index, epoch, started_at=trained.started_at, seconds=trained.seconds)
+            if trained.status:
+                self.engine.end(index, trained.status, trained.reason)
+        self.probe = probe
+
+    def _deep_trials_expected(self) -> bool:
+        return self.search.resolved_searcher == "optuna" or max(self.search.unfreeze_depth) > 0
+
+    def _run_tune(self, on_progress: OnProgress) -> None:
+        """Drive Ray Tune until the engine has nothing more to run."""
+        with _quiet(self.lanes), tempfile.TemporaryDirectory(prefix="unfreeze-tune-") as scratch:
+            from ray import tune
+
+            from ray_jobs.search_trial import Proposals, Scheduler, SearchTrial, Watch
+
+            watch = Watch(self.engine, self._take_in_probes, self.over_budget, on_progress, expected_trials(self.search))
+            trainable = tune.with_parameters(SearchTrial, shared={"work": self.work, "probe": [self.reference]})
+            tuner = tune.Tuner(
+                tune.with_resources(trainable, _slots()[1]),
+                tune_config=tune.TuneConfig(
+                    metric="val_accuracy", mode="max", search_alg=Proposals(self.engine), scheduler=Scheduler(self.engine),
+                    reuse_actors=True, num_samples=-1, trial_dirname_creator=lambda trial: trial.trial_id,
+                ),
+                run_config=tune.RunConfig(
+                    name="search", storage_path=scratch, verbose=0, callbacks=[watch],
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+                    failure_config=tune.FailureConfig(max_failures=MAX_WORKER_DEATHS),
+                ),
+            )  # fmt: skip
+            tuner.fit()
+
+
+def _result(spec: Spec, dataset: dict[str, Any], running: _Running, probe: dict[str, Any]) -> dict[str, Any]:
+    """What the search found and what it cost, as plain values."""
+    engine = running.engine
+    best = best_trial(engine.records)
+    details = [trial_detail(record, spec.search.max_epochs) for record in ranked(engine.records)]
+    forward = {"suffix": probe["suffix_flops"], "whole": probe["whole_flops"]}
+    flops, unshared = flops_counted(details, **forward, train=dataset["train"], val=dataset["val"])
+    return {
+        "trials": len(details), "best": best_of(best), "seconds": running.spent_s, "trials_detail": details,
+        "decisions": engine.proposer.notes, "rungs": [vars(judged) for judged in engine.halving.judged] if engine.halving else [],
+        "cost": {"estimated_s": None, "measured_s": running.spent_s, "prefix_s": None,
+                 "trials_s": sum(record.seconds for record in engine.records), "flops": flops, "flops_without_sharing": unshared},
+    }  # fmt: skip
 
 
 def work_of(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], features: dict[str, str]) -> Work:
@@ -92,56 +204,42 @@ def work_of(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], featu
         backbone_uri=backbone["uri"], mean=tuple(backbone["mean"]), std=tuple(backbone["std"]), image_size=spec.data.image_size,
         num_classes=len(dataset["classes"]), num_groups=num_groups_of(backbone),
         features=tuple(sorted((int(depth), uri) for depth, uri in features.items())), max_epochs=search.max_epochs,
-        batch_size=search.batch_size, weight_decay=search.weight_decay, label_smoothing=search.label_smoothing,
         class_weights=search.class_weights, seed=search.seed,
     )  # fmt: skip
 
 
-def _start_probe(work: Work, lrs: list[float]) -> Any:
-    """Start the linear probes beside the trials' workers, which load torch meanwhile; 0 CPUs, so that no trial waits for it."""
-    task: Any = ray.remote(_probe).options(num_cpus=0, name="probe")
-    return task.remote(work, lrs)
-
-
-def _probe(work: Work, lrs: list[float]) -> dict[str, Any]:
-    """Train a linear probe per learning rate; the head of the best, at its best epoch, and what each suffix costs."""
+def _probes(work: Work, trials: list[TrialConfig], probes: list[TrialConfig]) -> dict[str, Any]:
+    """Train all linear probes; the head of the best, at its best epoch, and what each suffix costs."""
     worker = warm_worker(work)
 
-    from ray_jobs.probe import best_probe  # torch is loaded only now, and without its compiler
+    from ray_jobs.probe import train_probes  # torch is loaded only now, and without its compiler
 
-    found = best_probe(worker, lrs)
+    found = train_probes(worker, trials, probes)
     flops = worker.forward_flops()
-    return {"head": found.head, "summary": found.summary, "whole_flops": flops.pop(-1), "suffix_flops": flops}
+    return {"head": found.head, "summary": found.summary, "trials": found.trials, "whole_flops": flops.pop(-1), "suffix_flops": flops}
 
 
-def _run_trials(search: SearchSpec, work: Work, probe: Any, on_progress: OnProgress) -> list[TrialRecord]:
-    """Drive Ray Tune; the records of all trials, in the order in which they were made."""
-    with _quiet(), tempfile.TemporaryDirectory(prefix="unfreeze-tune-") as scratch:
-        from ray import tune
+def _keep_probes(journal: Journal, probe: dict[str, Any]) -> None:
+    """On S3 as long as the search runs, so that a restart need not train them again."""
+    from safetensors.numpy import save
 
-        from ray_jobs.search_trial import Progress, SearchTrial
-
-        progress = Progress(search, on_progress)
-        concurrent, resources = _slots(search)
-        space, searcher = _space(search)
-        trainable = tune.with_resources(tune.with_parameters(SearchTrial, shared={"work": work, "probe": [probe]}), resources)
-        tuner = tune.Tuner(
-            trainable, param_space=space,
-            tune_config=tune.TuneConfig(
-                metric="val_accuracy", mode="max", search_alg=searcher, scheduler=_scheduler(search), reuse_actors=True,
-                max_concurrent_trials=concurrent, num_samples=search.num_trials if searcher else 1,
-                trial_dirname_creator=lambda trial: trial.trial_id,
-            ),
-            run_config=tune.RunConfig(
-                name="search", storage_path=scratch, verbose=0, callbacks=[progress],
-                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-            ),
-        )  # fmt: skip
-        tuner.fit()
-    return progress.records
+    figures = {"summary": probe["summary"], "whole_flops": probe["whole_flops"], "suffix_flops": list(probe["suffix_flops"].items())}
+    journal.store.write(join_uri(journal.uri, PROBE_HEAD), save(probe["head"]))
+    journal.store.write(join_uri(journal.uri, "probe.json"), json.dumps(figures).encode())
 
 
-def _slots(search: SearchSpec) -> tuple[int, dict[str, float]]:
+def _kept_probes(journal: Journal) -> dict[str, Any] | None:
+    from safetensors.numpy import load
+
+    try:
+        figures = json.loads(journal.store.read(join_uri(journal.uri, "probe.json")))
+        head = load(journal.store.read(join_uri(journal.uri, PROBE_HEAD)))
+    except FileNotFoundError:
+        return None
+    return {**figures, "suffix_flops": dict(figures["suffix_flops"]), "head": head, "trials": []}
+
+
+def _slots() -> tuple[int, dict[str, float]]:
     """Trials at a time, and what one of them occupies."""
     have = ray.cluster_resources()  # type: ignore[no-untyped-call]
     cpus, gpus = max(1, int(have.get("CPU", 1))), int(have.get("GPU", 0))
@@ -150,42 +248,21 @@ def _slots(search: SearchSpec) -> tuple[int, dict[str, float]]:
     return cpus, {"cpu": 1}
 
 
-def _space(search: SearchSpec) -> tuple[dict[str, Any], Any]:
-    """Tune's search space and searcher: our own points for grid and random, distributions for Optuna."""
-    from ray import tune
-
-    if search.resolved_searcher != "optuna":
-        points = [{"unfreeze_depth": config.unfreeze_depth, "lr": config.lr, "index": i} for i, config in enumerate(trial_configs(search))]
-        return {"point": tune.grid_search(points)}, None
-    import optuna
-    from ray.tune.search.optuna import OptunaSearch
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    lr = search.lr
-    rates: Any = (
-        optuna.distributions.FloatDistribution(lr.low, lr.high, log=lr.scale == "log") if isinstance(lr, LrRange)
-        else optuna.distributions.CategoricalDistribution(lr)
-    )  # fmt: skip
-    space = {"unfreeze_depth": optuna.distributions.CategoricalDistribution(search.unfreeze_depth), "lr": rates}
-    sampler = optuna.samplers.TPESampler(seed=search.seed, n_startup_trials=max(4, 2 * len(search.unfreeze_depth)))
-    return {}, OptunaSearch(space=space, metric="val_accuracy", mode="max", sampler=sampler)
-
-
-def _scheduler(search: SearchSpec) -> Any:
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-
-    if search.scheduler == "fifo" or search.max_epochs == 1:
-        return FIFOScheduler()  # type: ignore[no-untyped-call]
-    # not after one epoch: what has just been unfrozen first falls behind, while BatchNorm's statistics move to the new data
-    grace = min(2, search.max_epochs - 1)
-    return ASHAScheduler(time_attr="training_iteration", max_t=search.max_epochs, grace_period=grace, reduction_factor=3)
+def _halving(search: SearchSpec) -> Halving | None:
+    """asha compares all trials; the ladder those of one depth, as its depths follow one another."""
+    if search.scheduler == "fifo":
+        return None
+    if search.scheduler == "ladder":
+        return Halving(search.max_epochs, cohort_of=lambda record: record.config.unfreeze_depth)
+    return Halving(search.max_epochs)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(lanes: int) -> Iterator[None]:
     """Tune's environment and loggers, for as long as it runs."""
-    before = {key: os.environ.get(key) for key in QUIET}
-    os.environ.update(QUIET)
+    settings = QUIET | {"TUNE_MAX_PENDING_TRIALS_PG": str(lanes)}
+    before = {key: os.environ.get(key) for key in settings}
+    os.environ.update(settings)
     logger = logging.getLogger("ray.tune")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -202,7 +279,8 @@ def _write(store: ObjectStore, uri: str, result: dict[str, Any], probe: dict[str
 
     files = {
         "trials.parquet": epochs_table(result["trials_detail"]), "leaderboard.parquet": leaderboard_table(result["trials_detail"]),
-        "probe/probe.safetensors": save(probe["head"]), "probe/probe.json": json.dumps(probe["summary"], indent=1).encode(),
+        "rungs.parquet": rungs_table(result["rungs"]),
+        f"probe/{PROBE_HEAD}": save(probe["head"]), "probe/probe.json": json.dumps(probe["summary"], indent=1).encode(),
         RESULT: json.dumps(result, indent=1).encode(),
     }  # fmt: skip
     commit(store, uri, files)

@@ -1,4 +1,4 @@
-"""One trial as Ray Tune sees it, in a warm worker; and the driver's record of all of them."""
+"""Ray Tune's view of a search: one trial in a warm worker, and the thin adapters between Tune and the search engine."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
 
 from infra.progress import OnProgress
-from ray_jobs.search import Epoch, TrialConfig, TrialRecord, status_of_error
-from ray_jobs.spec import SearchSpec
+from ray_jobs.proposals import Pause
+from ray_jobs.search import Epoch, status_of_error
+from ray_jobs.search_engine import SearchEngine
+from ray_jobs.search_space import TrialConfig
 from ray_jobs.warm_worker import warm_worker
 
 
@@ -28,7 +32,7 @@ class SearchTrial(tune.Trainable):
         return True
 
     def _begin(self, config: dict[str, Any]) -> None:
-        self.point = config.get("point", config)
+        self.point = TrialConfig(**config["point"])
         self.training: Any = None
         self.started_at = time.time()
 
@@ -49,14 +53,13 @@ class SearchTrial(tune.Trainable):
                 raise
             return self._failure("out_of_memory", str(error))
         done = self.training.epochs_done >= self.shared["work"].max_epochs
-        return {**vars(measured), "done": done, **self._times()}
+        return {"epoch": self.training.epochs_done, **vars(measured), "done": done, **self._times()}
 
     def _epoch(self) -> Any:
         if self.training is None:
             worker = warm_worker(self.shared["work"])
-            depth = self.point["unfreeze_depth"]
-            head = ray.get(self.shared["probe"][0])["head"] if depth else None
-            self.training = worker.start(depth, self.point["lr"], head)
+            head = ray.get(self.shared["probe"][0])["head"] if self.point.unfreeze_depth else None
+            self.training = worker.start(self.point, head)
         return self.training.epoch()
 
     def _failure(self, status: str, reason: str) -> dict[str, Any]:
@@ -70,50 +73,81 @@ class SearchTrial(tune.Trainable):
         """Nothing: a search's result is its record."""
 
 
-class Progress(tune.Callback):
-    """Keeps a record of every trial, and tells how far the search has come, in epochs; a stopped trial counts as all of its own."""
+class _StaysHere:
+    """Tune pickles what it is given, to restore it one day; the engine is restored from its journal instead."""
 
-    def __init__(self, search: SearchSpec, on_progress: OnProgress) -> None:
-        self.search, self.on_progress = search, on_progress
-        self.by_trial: dict[str, TrialRecord] = {}
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
 
-    @property
-    def records(self) -> list[TrialRecord]:
-        return sorted(self.by_trial.values(), key=lambda r: r.trial_id)
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._record(trial)
+class Proposals(_StaysHere, Searcher):
+    """Tune asks here which trial comes next."""
+
+    def __init__(self, engine: SearchEngine) -> None:
+        super().__init__(metric="val_accuracy", mode="max")
+        self.engine = engine
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        index = self.engine.next()
+        if index is Pause.DONE:
+            return Searcher.FINISHED  # type: ignore[return-value]  # a word that Tune knows
+        if isinstance(index, Pause):
+            return None
+        return {"point": vars(self.engine.records[index].config), "index": index}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The scheduler has told the engine already."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the journal holds the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the journal holds the state."""
+
+
+class Scheduler(_StaysHere, FIFOScheduler):
+    """Tune tells here what each epoch measured, and learns whether the trial goes on."""
+
+    def __init__(self, engine: SearchEngine) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.engine = engine
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        index = trial.config["index"]
+        if "status" in result:
+            self.engine.end(index, result["status"], result["reason"])
+            return TrialScheduler.CONTINUE  # it is done by its own word
+        numbers = {key: result[key] for key in ("epoch", "val_accuracy", "val_loss", "train_loss", "seconds")}
+        over = self.engine.report(index, Epoch(**numbers), started_at=result["started_at"], seconds=result["elapsed"])
+        return TrialScheduler.STOP if over else TrialScheduler.CONTINUE
+
+    def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Tune sends the last result of a trial here alone."""
+        self.on_trial_result(controller, trial, result)
+
+
+class Watch(_StaysHere, tune.Callback):
+    """Takes in the linear probes once they are trained, keeps the budget, and tells how far the search has come."""
+
+    def __init__(self, engine: SearchEngine, take_in: Any, spent: Any, on_progress: OnProgress, expected: int) -> None:
+        self.engine, self.take_in, self.spent, self.on_progress, self.expected = engine, take_in, spent, on_progress, expected
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.take_in()
+        self.engine.over_budget = self.engine.over_budget or self.spent()
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
-        record = self._record(trial)
-        record.started_at, record.seconds = result["started_at"], result["elapsed"]
-        if "status" in result:
-            record.status, record.reason = result["status"], result["reason"]
-        else:
-            numbers = {key: result[key] for key in ("val_accuracy", "val_loss", "train_loss", "seconds")}
-            record.curve.append(Epoch(epoch=len(record.curve) + 1, **numbers))
-        self._tell(trials)
+        self._tell()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._tell(trials)
+        self._tell()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        record = self._record(trial)
         error = str(trial.get_pickled_error() or trial.get_error() or "the worker died")
-        record.status, record.reason = status_of_error(error), error.strip()[-500:]
-        self._tell(trials)
+        self.engine.end(trial.config["index"], status_of_error(error), error.strip()[-500:])
+        self._tell()
 
-    def _record(self, trial: Any) -> TrialRecord:
-        if trial.trial_id not in self.by_trial:
-            point = trial.config.get("point", trial.config)
-            number = point.get("index", len(self.by_trial))
-            self.by_trial[trial.trial_id] = TrialRecord(
-                f"{number:05d}", TrialConfig(point["unfreeze_depth"], point["lr"]), started_at=int(1000 * time.time()),
-            )  # fmt: skip
-        return self.by_trial[trial.trial_id]
-
-    def _tell(self, trials: list[Any]) -> None:
-        longest, total = self.search.max_epochs, max(len(trials), self.search.num_trials) * self.search.max_epochs
-        ended = sum(longest for trial in trials if trial.is_finished())
-        under_way = sum(len(self._record(trial).curve) for trial in trials if not trial.is_finished() and trial.trial_id in self.by_trial)
-        self.on_progress(ended + under_way, total)
+    def _tell(self) -> None:
+        longest, records = self.engine.max_epochs, self.engine.records
+        done = sum(longest if record.is_over(longest) else len(record.curve) for record in records)
+        self.on_progress(done, max(len(records), self.expected) * longest)

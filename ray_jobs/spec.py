@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from infra.errors import UserError
 
@@ -48,26 +59,55 @@ class BackboneSpec(_Part):
     weights: str = Field("timm", min_length=1, description="timm (hub) | package:NAME | path or s3:// URI of .safetensors or .pth | none.")
 
 
-class LrRange(_Part):
-    """A range of learning rates to draw from."""
+class Range(_Part):
+    """A range of values to draw from."""
 
-    low: float = Field(gt=0, le=10, description="Smallest learning rate.")
-    high: float = Field(gt=0, le=10, description="Largest learning rate.")
+    low: float = Field(ge=0, le=10, description="Smallest value.")
+    high: float = Field(gt=0, le=10, description="Largest value.")
     scale: Literal["log", "linear"] = Field("log", description="How to draw between them.")
 
     @model_validator(mode="after")
-    def _is_a_range(self) -> LrRange:
+    def _is_a_range(self) -> Range:
         if self.low >= self.high:
             raise ValueError("low must be below high")
+        if self.low == 0 and self.scale == "log":
+            raise ValueError("a log scale cannot start at 0; give scale: linear, or a low above 0")
         return self
+
+    def at(self, share: float) -> float:
+        """The value `share` of the way from low to high, on the range's own scale."""
+        if self.scale == "log":
+            return float(self.low * (self.high / self.low) ** share)
+        return self.low + (self.high - self.low) * share
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, dict | Range):
+        return "range"
+    return "list" if isinstance(value, list | tuple) else "value"
 
 
 LearningRate = Annotated[float, Field(gt=0, le=10)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Decay = Annotated[float, Field(gt=0, le=1)]
+BatchSize = Annotated[int, Field(ge=2, le=4096)]
+Optimizer = Literal["adamw", "sgd"]
+_TAGS = {"range", "list", "value"}
+
+
 LearningRates = Annotated[
-    Annotated[LrRange, Tag("range")] | Annotated[tuple[LearningRate, ...], Tag("list")],
-    Discriminator(lambda value: "range" if isinstance(value, dict | LrRange) else "list"),
+    Annotated[Range, Tag("range")] | Annotated[tuple[LearningRate, ...], Tag("list")],
+    Discriminator(_kind),
+    BeforeValidator(lambda value: [value] if isinstance(value, int | float) else value),
 ]
-_TAGS = {"range", "list"}
+Shares = Annotated[
+    Annotated[Share, Tag("value")] | Annotated[tuple[Share, ...], Tag("list")] | Annotated[Range, Tag("range")], Discriminator(_kind)
+]
+Decays = Annotated[
+    Annotated[Decay, Tag("value")] | Annotated[tuple[Decay, ...], Tag("list")] | Annotated[Range, Tag("range")], Discriminator(_kind)
+]
+Optimizers = Annotated[Annotated[Optimizer, Tag("value")] | Annotated[tuple[Optimizer, ...], Tag("list")], Discriminator(_kind)]
+BatchSizes = Annotated[Annotated[BatchSize, Tag("value")] | Annotated[tuple[BatchSize, ...], Tag("list")], Discriminator(_kind)]
 
 
 class SearchSpec(_Part):
@@ -76,36 +116,64 @@ class SearchSpec(_Part):
     unfreeze_depth: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         (0, 1, 2), min_length=1, description="Depths to try: 0 is a linear probe, the number of groups is full fine-tuning."
     )
-    lr: LearningRates = Field(LrRange(low=1e-4, high=1e-2), description="Peak learning rates: a range {low, high, scale}, or a list.")
+    lr: LearningRates = Field(Range(low=1e-4, high=1e-2), description="Peak learning rates: a range {low, high, scale}, or a list.")
     num_trials: int = Field(16, ge=1, le=100_000, description="Trials to run; a grid runs each combination once instead.")
     max_epochs: int = Field(8, ge=1, le=10_000, description="Epochs of a trial that is not stopped early.")
     searcher: Literal["grid", "random", "optuna"] | None = Field(
         None, description="How to choose trials; by default grid where every dimension is a list, else random."
     )
-    scheduler: Literal["fifo", "asha"] = Field("asha", description="fifo runs every trial to its end; asha stops the weak ones early.")
+    scheduler: Literal["fifo", "asha", "ladder"] = Field(
+        "asha",
+        description="fifo runs every trial to its end; asha stops the weak ones early; ladder climbs to a deeper depth only where it pays.",
+    )
+    budget_s: float | None = Field(None, gt=0, description="Seconds after which the search ends at the next epoch, restarts included.")
+    budget_gpu_s: float | None = Field(None, gt=0, description="The same, in GPU-seconds of the trials.")
+    warm_start: bool = Field(False, description="Try the best points of this model's past searches first.")
+    fresh_share: float = Field(0.3, ge=0, le=1, description="Share of the trials of a warm-started search that are fresh points.")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of the sampling and of every trial.")
-    batch_size: int = Field(32, ge=2, le=4096, description="Images a step in a trial.")
-    weight_decay: float = Field(1e-4, ge=0, le=1, description="AdamW weight decay, in trials and in the fit.")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing, in trials and in the fit.")
+    batch_size: BatchSizes = Field(32, description="Images a step in a trial; one value or a list to search over.")
+    weight_decay: Shares = Field(1e-4, description="Weight decay, in trials and in the fit; one value, a list or a range to search over.")
+    label_smoothing: Shares = Field(0.0, description="Label smoothing, in trials and in the fit; one value, a list or a range.")
+    layer_decay: Decays = Field(
+        1.0, description="Factor on the learning rate from one group to the one before; one value, a list or a range."
+    )
+    optimizer: Optimizers = Field("adamw", description="adamw, sgd (with Nesterov momentum 0.9), or a list of both to search over.")
     class_weights: Literal["auto", "none"] = Field("auto", description="auto weights rare classes up when the classes are imbalanced.")
 
-    @field_validator("unfreeze_depth", "lr")
+    @field_validator("unfreeze_depth", "lr", "batch_size", "weight_decay", "label_smoothing", "layer_decay", "optimizer")
     @classmethod
     def _has_no_duplicates(cls, value: Any) -> Any:
         if isinstance(value, tuple) and (not value or len(set(value)) != len(value)):
             raise ValueError("must be a list of different values")
         return value
 
+    @field_validator("lr", "weight_decay", "label_smoothing", "layer_decay")
+    @classmethod
+    def _range_is_within_bounds(cls, value: Any, info: ValidationInfo) -> Any:
+        least, most = BOUNDS[str(info.field_name)]
+        if isinstance(value, Range) and not least <= value.low < value.high <= most:
+            raise ValueError(f"the range must lie between {least:g} and {most:g}")
+        return value
+
     @model_validator(mode="after")
     def _searcher_fits_the_space(self) -> SearchSpec:
-        if self.searcher == "grid" and isinstance(self.lr, LrRange):
-            raise ValueError("searcher: grid needs a list of learning rates, not a range")
+        ranges = [name for name in SEARCHED if isinstance(getattr(self, name), Range)]
+        if self.searcher == "grid" and ranges:
+            raise ValueError(f"searcher: grid needs lists, not a range, for {', '.join(ranges)}")
+        if self.scheduler == "ladder" and self.searcher == "optuna":
+            raise ValueError("scheduler: ladder chooses its trials itself; leave searcher out, or choose asha for optuna")
         return self
 
     @property
     def resolved_searcher(self) -> Literal["grid", "random", "optuna"]:
         """The searcher in force where the spec leaves it open."""
-        return self.searcher or ("random" if isinstance(self.lr, LrRange) else "grid")
+        return self.searcher or ("random" if any(isinstance(getattr(self, name), Range) for name in SEARCHED) else "grid")
+
+
+SEARCHED = ("lr", "weight_decay", "label_smoothing", "layer_decay", "optimizer", "batch_size")
+"""The dimensions of the search besides the unfreeze depth."""
+
+BOUNDS = {"lr": (1e-12, 10.0), "weight_decay": (0.0, 1.0), "label_smoothing": (0.0, 0.99), "layer_decay": (1e-6, 1.0)}
 
 
 class FitSpec(_Part):

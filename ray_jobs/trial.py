@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from ray_jobs import backbone
 from ray_jobs.cuts import Cuts
 from ray_jobs.feature_cache import Features, open_features
 from ray_jobs.groups import head_names
-from ray_jobs.heads import HeadResult, head_rows, train_alone, train_heads
+from ray_jobs.heads import HeadResult, head_rows, knn_accuracy, train_alone, train_heads
+from ray_jobs.search_space import TrialConfig
 from ray_jobs.train_loop import Recipe, Rows, SuffixTraining, class_weights
 
 Head = Mapping[str, np.ndarray[Any, Any]]
@@ -40,9 +41,6 @@ class Work:
     num_groups: int
     features: tuple[tuple[int, str], ...]
     max_epochs: int
-    batch_size: int
-    weight_decay: float
-    label_smoothing: float
     class_weights: str
     seed: int
 
@@ -50,12 +48,12 @@ class Work:
     def feature_uris(self) -> dict[int, str]:
         return dict(self.features)
 
-    def recipe(self, lr: float, labels: np.ndarray[Any, Any]) -> Recipe:
+    def recipe(self, config: TrialConfig, labels: np.ndarray[Any, Any]) -> Recipe:
         counts = np.bincount(labels, minlength=self.num_classes).tolist()
         weights = class_weights(counts, self.class_weights)
         return Recipe(
-            lr=lr, max_epochs=self.max_epochs, batch_size=self.batch_size, weight_decay=self.weight_decay,
-            label_smoothing=self.label_smoothing, class_weights=tuple(weights) if weights else None, seed=self.seed,
+            lr=config.lr, max_epochs=self.max_epochs, batch_size=config.batch_size, weight_decay=config.weight_decay,
+            label_smoothing=config.label_smoothing, class_weights=tuple(weights) if weights else None, seed=self.seed,
         )  # fmt: skip
 
 
@@ -76,26 +74,26 @@ class WarmWorker:
             self._features[depth] = open_features(self.work.feature_uris[depth], self.store, self.cache_folder)
         return self._features[depth]
 
-    def start(self, depth: int, lr: float, head: Head | None) -> SuffixTraining:
+    def start(self, config: TrialConfig, head: Head | None) -> SuffixTraining:
         """A training from the backbone's own weights, with `head` as its first classifier where one is given.
 
         A deep trial starts from the best linear probe's head: a random one would first distort the pretrained features
         (LP-FT: Kumar et al. 2022, arXiv:2202.10054).
         """
+        depth = config.unfreeze_depth
         features = self.features(depth)
         self.cuts.reset(self.work.seed)
         suffix = self.cuts.suffix(depth)
         if head is not None:
             put_head(self.model, head)
-        recipe = self.work.recipe(lr, features.labels[: features.train])
+        recipe = self.work.recipe(config, features.labels[: features.train])
         return SuffixTraining(suffix, rows_of(features), recipe, set_mode=suffix.train, prepare=self._prepare(depth))
 
-    def heads(self, configs: Sequence[Mapping[str, Any]], patience: int | None = None) -> list[HeadResult]:
-        """Every head of depth 0 at once, in the order of `configs`: each {"lr": ...} with, where it differs, fields of Work
-        such as weight_decay, label_smoothing or class_weights."""
+    def heads(self, configs: Sequence[TrialConfig], patience: int | None = None) -> list[HeadResult]:
+        """Every head of depth 0 at once, in the order of `configs`."""
         features = self.features(0)
         labels = features.labels[: features.train]
-        recipes = [replace(self.work, **{k: v for k, v in config.items() if k != "lr"}).recipe(config["lr"], labels) for config in configs]
+        recipes = [self.work.recipe(config, labels) for config in configs]
         self.cuts.reset(self.work.seed)
         suffix, rows = self.cuts.suffix(0), rows_of(features)
         found = head_rows(suffix, rows)
@@ -107,6 +105,14 @@ class WarmWorker:
             training = SuffixTraining(suffix, rows, recipe, set_mode=suffix.train, prepare=self._prepare(0))
             results.append(train_alone(training, patience, self.head))
         return results
+
+    def knn_accuracy(self) -> float | None:
+        """Of the features themselves, before any training; None where the classifier does not see plain vectors."""
+        found = head_rows(self.cuts.suffix(0), rows_of(self.features(0)))
+        if found is None:
+            return None
+        features_ND, labels_N, train = found.features_ND, found.labels_N, found.train
+        return knn_accuracy(features_ND[:train], labels_N[:train], features_ND[train:], labels_N[train:])
 
     def head(self) -> dict[str, np.ndarray[Any, Any]]:
         """The classifier as it is now."""

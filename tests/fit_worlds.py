@@ -68,7 +68,7 @@ def make_world(folder: Path, store: ObjectStore, *, each: int = 24, **fit: Any) 
     with torch.no_grad():
         store.write(probe_uri, save({name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in head}))
     search = {
-        "search_id": "s", "best": {"unfreeze_depth": 1, "lr": 3e-3, "accuracy": 0.5},
+        "search_id": "s", "best": {"unfreeze_depth": 1, "lr": 3e-3, "weight_decay": 1e-4, "label_smoothing": 0.0, "accuracy": 0.5},
         "probe": {"lr": 1e-3, "accuracy": 0.2, "val_loss": 1.1, "uri": probe_uri},
     }  # fmt: skip
     return FitWorld(spec, store, dataset, {**config, "uri": uri}, search)

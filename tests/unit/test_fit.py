@@ -120,10 +120,13 @@ def test_the_fit_id_changes_with_what_changes_the_result_and_with_nothing_else(w
     def changed(part: str, **fields: Any) -> Spec:
         return world.spec.model_copy(update={part: getattr(world.spec, part).model_copy(update=fields)})
 
+    def with_best(**fields: float) -> dict[str, Any]:
+        return {**world.search, "best": {**world.search["best"], **fields}}
+
     different = [
         id_of(), id_of(changed("fit", augmentation="symbol")), id_of(changed("fit", patience=1)), id_of(changed("fit", num_workers=2)),
-        id_of(changed("search", seed=1)), id_of(changed("search", weight_decay=0.5)), id_of(dataset={**world.dataset, "version": "x"}),
-        id_of(backbone={**world.backbone, "digest": "x"}), id_of(search={**world.search, "best": {**world.search["best"], "lr": 0.5}}),
+        id_of(changed("search", seed=1)), id_of(search=with_best(weight_decay=0.5)), id_of(dataset={**world.dataset, "version": "x"}),
+        id_of(backbone={**world.backbone, "digest": "x"}), id_of(search=with_best(lr=0.5)),
     ]  # fmt: skip
     assert len(set(different)) == len(different)
     moved = world.spec.model_copy(update={"storage": "s3://elsewhere"})

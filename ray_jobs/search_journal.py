@@ -1,0 +1,80 @@
+"""The state of a running search on S3, written at every decision: a folder of segments, each the events since the one before.
+
+A segment is one small object of JSON lines, written whole, so that a reader sees all of it or nothing. Writing happens in a thread
+and takes what has come together meanwhile (group commit): a search of a thousand trials does not wait for the store. A segment
+that cannot be written is tried again with the next; the search itself goes on, it would only have more to redo after a crash.
+
+The folder lies beside the search's own, and goes once that is committed. Crash order: results, manifest, then this is deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from infra.errors import UnfreezeError
+from infra.object_store import ObjectStore, join_uri
+
+READERS = 8
+STOP = None
+
+
+class Journal:
+    """The events of one search; `append` never blocks on the store."""
+
+    def __init__(self, store: ObjectStore, uri: str) -> None:
+        self.store, self.uri = store, uri
+        self._queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._writer = uuid.uuid4().hex[:8]
+        self._segment = 0
+        self._thread = threading.Thread(target=self._write_segments, name="search journal", daemon=True)
+
+    def load(self) -> list[dict[str, Any]]:
+        """Every event so far, in order; new ones will come after them."""
+        uris = sorted(info.uri for info in self.store.list(self.uri) if info.uri.endswith(".jsonl"))
+        with ThreadPoolExecutor(READERS) as pool:
+            texts = list(pool.map(self.store.read, uris))
+        self._segment = int(uris[-1].rpartition("/")[2][:8]) if uris else 0
+        return [json.loads(line) for text in texts for line in text.decode().splitlines()]
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def append(self, event: dict[str, Any]) -> None:
+        self._queue.put(event)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._queue.put(STOP)
+        self._thread.join()
+
+    def delete(self) -> None:
+        self.store.delete([info.uri for info in self.store.list(self.uri)])
+
+    def _write_segments(self) -> None:
+        waiting: list[dict[str, Any]] = []
+        going = True
+        while going:
+            event = self._queue.get()
+            while event is not STOP:
+                waiting.append(event)
+                try:
+                    event = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+            going = event is not STOP
+            if waiting and self._wrote(waiting):
+                waiting = []
+
+    def _wrote(self, events: list[dict[str, Any]]) -> bool:
+        self._segment += 1
+        text = "".join(json.dumps(event) + "\n" for event in events)
+        try:
+            self.store.write(join_uri(self.uri, f"{self._segment:08d}-{self._writer}.jsonl"), text.encode())
+        except (UnfreezeError, OSError):
+            return False
+        return True
