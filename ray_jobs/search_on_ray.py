@@ -109,10 +109,11 @@ class _Running:
     def spent_gpu_s(self) -> float:
         return self.already_gpu_s + sum(record.seconds for record in self.engine.records) * _slots()[1].get("gpu", 0)
 
-    def over_budget(self) -> bool:
-        """Whether what the spec allows is spent."""
+    def _look(self) -> None:
+        """What is to be seen to while trials run: the linear probes, once they are trained, and the budget."""
+        self._take_in_probes()
         limits = ((self.search.budget_s, self.spent_s), (self.search.budget_gpu_s, self.spent_gpu_s))
-        return any(most is not None and spent >= most for most, spent in limits)
+        self.engine.over_budget = any(most is not None and spent >= most for most, spent in limits)
 
     def run(self, on_progress: OnProgress) -> dict[str, Any]:
         """Every trial, and the probes' result."""
@@ -160,18 +161,18 @@ class _Running:
         with _quiet(self.lanes), tempfile.TemporaryDirectory(prefix="unfreeze-tune-") as scratch:
             from ray import tune
 
-            from ray_jobs.search_trial import Proposals, Scheduler, SearchTrial, Watch
+            from ray_jobs.search_trial import EachStep, Proposals, Scheduler, SearchTrial
 
-            watch = Watch(self.engine, self._take_in_probes, self.over_budget, on_progress, expected_trials(self.search))
+            scheduler = Scheduler(self.engine, on_progress, expected_trials(self.search))
             trainable = tune.with_parameters(SearchTrial, shared={"work": self.work, "probe": [self.reference]})
             tuner = tune.Tuner(
                 tune.with_resources(trainable, _slots()[1]),
                 tune_config=tune.TuneConfig(
-                    metric="val_accuracy", mode="max", search_alg=Proposals(self.engine), scheduler=Scheduler(self.engine),
+                    metric="val_accuracy", mode="max", search_alg=Proposals(self.engine), scheduler=scheduler,
                     reuse_actors=True, num_samples=-1, trial_dirname_creator=lambda trial: trial.trial_id,
                 ),
                 run_config=tune.RunConfig(
-                    name="search", storage_path=scratch, verbose=0, callbacks=[watch],
+                    name="search", storage_path=scratch, verbose=0, stop=EachStep(self._look),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
                     failure_config=tune.FailureConfig(max_failures=MAX_WORKER_DEATHS),
                 ),

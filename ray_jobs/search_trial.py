@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -108,41 +109,26 @@ class Proposals(_StaysHere, Searcher):
 class Scheduler(_StaysHere, FIFOScheduler):
     """Tune tells here what each epoch measured, and learns whether the trial goes on."""
 
-    def __init__(self, engine: SearchEngine) -> None:
+    def __init__(self, engine: SearchEngine, on_progress: OnProgress, expected: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.engine = engine
+        self.engine, self.on_progress, self.expected = engine, on_progress, expected
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         index = trial.config["index"]
         if "status" in result:
             self.engine.end(index, result["status"], result["reason"])
-            return TrialScheduler.CONTINUE  # it is done by its own word
-        numbers = {key: result[key] for key in ("epoch", "val_accuracy", "val_loss", "train_loss", "seconds")}
-        over = self.engine.report(index, Epoch(**numbers), started_at=result["started_at"], seconds=result["elapsed"])
+            over = True
+        else:
+            numbers = {key: result[key] for key in ("epoch", "val_accuracy", "val_loss", "train_loss", "seconds")}
+            over = self.engine.report(index, Epoch(**numbers), started_at=result["started_at"], seconds=result["elapsed"])
+        self._tell()
         return TrialScheduler.STOP if over else TrialScheduler.CONTINUE
 
     def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Tune sends the last result of a trial here alone."""
         self.on_trial_result(controller, trial, result)
 
-
-class Watch(_StaysHere, tune.Callback):
-    """Takes in the linear probes once they are trained, keeps the budget, and tells how far the search has come."""
-
-    def __init__(self, engine: SearchEngine, take_in: Any, spent: Any, on_progress: OnProgress, expected: int) -> None:
-        self.engine, self.take_in, self.spent, self.on_progress, self.expected = engine, take_in, spent, on_progress, expected
-
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self.take_in()
-        self.engine.over_budget = self.engine.over_budget or self.spent()
-
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
-        self._tell()
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._tell()
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_error(self, controller: Any, trial: Any) -> None:
         error = str(trial.get_pickled_error() or trial.get_error() or "the worker died")
         self.engine.end(trial.config["index"], status_of_error(error), error.strip()[-500:])
         self._tell()
@@ -151,3 +137,20 @@ class Watch(_StaysHere, tune.Callback):
         longest, records = self.engine.max_epochs, self.engine.records
         done = sum(longest if record.is_over(longest) else len(record.curve) for record in records)
         self.on_progress(done, max(len(records), self.expected) * longest)
+
+
+class EachStep(_StaysHere, tune.Stopper):
+    """Tune asks here at each turn of its loop whether to stop everything; it never does, but something is to be looked at each time.
+
+    (A tune.Callback could do it too, but Ray imports MLflow, Comet and others when it is given one.)
+    """
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        self.look = look
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        self.look()
+        return False
