@@ -16,6 +16,7 @@ from infra.errors import UserError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 Augmentation = Literal["none", "photo", "symbol", "aerial"]
+FeatureDtype = Literal["float32", "float16", "bfloat16"]
 
 
 class _Part(BaseModel):
@@ -88,6 +89,10 @@ class SearchSpec(_Part):
     weight_decay: float = Field(1e-4, ge=0, le=1, description="AdamW weight decay, in trials and in the fit.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing, in trials and in the fit.")
     class_weights: Literal["auto", "none"] = Field("auto", description="auto weights rare classes up when the classes are imbalanced.")
+    views: int = Field(
+        1, ge=1, le=64, description="Fixed views of each train image in the cache: 1 as val sees it, the others by fit.augmentation."
+    )
+    feature_dtype: FeatureDtype = Field("float32", description="How cached features are stored; computing stays in float32.")
 
     @field_validator("unfreeze_depth", "lr")
     @classmethod
@@ -138,6 +143,12 @@ class Spec(_Part):
     fit: FitSpec = FitSpec()
     promotion: PromotionSpec = PromotionSpec()
     storage: str = Field("s3://unfreeze", pattern=r"^s3://[^/]+(/.*)?$", description="Bucket and optional prefix, as an s3:// URI.")
+
+    @model_validator(mode="after")
+    def _views_have_an_augmentation(self) -> Spec:
+        if self.search.views > 1 and self.fit.augmentation == "none":
+            raise ValueError(f"search.views: {self.search.views} views would all be the same with fit.augmentation: none")
+        return self
 
     @property
     def digest(self) -> str:

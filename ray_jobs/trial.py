@@ -86,7 +86,7 @@ class WarmWorker:
         suffix = self.cuts.suffix(depth)
         if head is not None:
             put_head(self.model, head)
-        rows = Rows([torch.from_numpy(v) for v in features.values], torch.from_numpy(features.labels), features.train)
+        rows = Rows(features.tensors(), torch.from_numpy(features.labels), features.train, features.views)
         recipe = self.work.recipe(lr, features.labels[: features.train])
         return SuffixTraining(suffix, rows, recipe, set_mode=suffix.train, prepare=self._prepare(depth))
 
