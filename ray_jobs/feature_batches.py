@@ -153,7 +153,7 @@ def read_checked_manifest(store: ObjectStore, uri: str) -> tuple[Manifest, str]:
     data = store.read(join_uri(uri, MANIFEST))
     try:
         return Manifest.from_json(data), hashlib.sha256(data).hexdigest()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except ValueError as error:
         raise DamagedError(uri, f"{MANIFEST} is not readable ({error})") from None
 
 
