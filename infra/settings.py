@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, get_args
 
-from pydantic import AliasChoices, ByteSize, Field, ValidationError
+from pydantic import AliasChoices, ByteSize, Field, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infra.errors import UserError
@@ -66,6 +66,14 @@ def cache_dir() -> Path:
 def cache_bytes() -> int:
     """UNFREEZE_CACHE_BYTES."""
     return int(load().cache_bytes)
+
+
+def bytes_of(size: str) -> int:
+    """A size such as 5GB, 512MiB or 0, in bytes. Raises UserError."""
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(size))
+    except ValidationError:
+        raise UserError(f"{size!r} is no size.", "Write it as 5GB, 512MiB or a number of bytes.") from None
 
 
 def _private_dir(path: Path) -> Path:
