@@ -82,16 +82,14 @@ def open_features(uri: str, store: ObjectStore, cache_folder: Path, *, budget_by
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / hashlib.sha256(uri.encode()).hexdigest()[:32]
     with FileLock(f"{target}.lock"):
-        found = _mapped(target)
-        if found is None:
+        body = _checked(target)
+        if body is None:
             shutil.rmtree(target, ignore_errors=True)
-            _assemble(uri, store, target, cache_bytes() if budget_bytes is None else budget_bytes)
-            found = _mapped(target)
-            if found is None:
-                raise OSError(f"{target} does not hold what was written there a moment ago: a fault of this machine's disk")
+            body = _assemble(uri, store, target, cache_bytes() if budget_bytes is None else budget_bytes)
         with suppress(OSError):
             os.utime(target / CONTENTS)
-        return found
+        values = [np.load(target / f"v{i}.npy", mmap_mode="c") for i in range(body["count"])]
+        return Features(values, np.load(target / "labels.npy"), body["train"], body["val"], body["views"])
 
 
 def local_copies(cache_folder: Path) -> list[LocalCopy]:
@@ -126,7 +124,7 @@ def remove(copy: LocalCopy) -> bool:
         return False
 
 
-def _assemble(uri: str, store: ObjectStore, target: Path, budget_bytes: int) -> None:
+def _assemble(uri: str, store: ObjectStore, target: Path, budget_bytes: int) -> dict[str, Any]:
     """Gather the rows from their batches into one .npy a value, aside; then rename."""
     selection = open_selection(store, uri)
     aside = target.with_suffix(".partial")
@@ -148,6 +146,7 @@ def _assemble(uri: str, store: ObjectStore, target: Path, budget_bytes: int) -> 
     }  # fmt: skip
     (aside / CONTENTS).write_text(json.dumps({"body": body, "sha256": digest_of(body)}))
     aside.rename(target)
+    return body
 
 
 Job = tuple[str, Manifest, str, NDArray[np.int64], NDArray[np.int64], int]
@@ -198,14 +197,11 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _mapped(folder: Path) -> Features | None:
-    """The arrays of an assembled folder; None where there is none or any byte of it is not what was written."""
+def _checked(folder: Path) -> dict[str, Any] | None:
+    """What an assembled folder says of itself; None where there is none, or any byte of it is not what was written."""
     try:
         content = json.loads((folder / CONTENTS).read_text())
-        body = content["body"]
-        if content["sha256"] != digest_of(body) or body["sha256"] != _digests(folder):
-            return None
+        body: dict[str, Any] = content["body"]
+        return body if content["sha256"] == digest_of(body) and body["sha256"] == _digests(folder) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    values = [np.load(folder / f"v{i}.npy", mmap_mode="c") for i in range(body["count"])]
-    return Features(values, np.load(folder / "labels.npy"), body["train"], body["val"], body["views"])

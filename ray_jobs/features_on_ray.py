@@ -18,7 +18,7 @@ from infra import lease
 from infra.committed_folder import fetch
 from infra.errors import UnfreezeError
 from infra.object_store import ObjectStore, join_uri, object_store
-from infra.settings import cache_dir
+from infra.settings import cache_bytes, cache_dir
 from ray_jobs.feature_batches import (
     THREADS,
     Batch,
@@ -31,7 +31,7 @@ from ray_jobs.feature_batches import (
     find_batches,
     write_shards,
 )
-from ray_jobs.feature_cache import open_features
+from ray_jobs.feature_cache import Features, open_features
 from ray_jobs.feature_lookup import Wanted, selection_of, work_of
 from ray_jobs.feature_set import Cell, FeatureSet, Transform, cells_of, feature_set
 from ray_jobs.light_timm import import_timm
@@ -93,7 +93,7 @@ def cache_features(
         try:
             batches = _complete(request, computed, on_progress)
             uris = _select(request, batches)
-            opened = [open_features(uri, request.store, cache_dir()) for uri in uris.values()]
+            opened = _open(request, list(uris.values()))
             break
         except DamagedError as error:
             _drop(request, error)
@@ -224,6 +224,16 @@ def _select(request: _Request, batches: Mapping[Cell, list[Batch]]) -> dict[int,
 
     with ThreadPoolExecutor(THREADS) as pool:
         return dict(zip(by_depth, pool.map(commit, by_depth), strict=True))
+
+
+def _open(request: _Request, uris: Sequence[str]) -> list[Features]:
+    """Map the features on this machine, which also checks every byte of them."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        opened = list(pool.map(lambda uri: open_features(uri, request.store, cache_dir()), uris))
+    size_bytes, budget = sum(features.size_bytes for features in opened), cache_bytes()
+    if size_bytes > budget:
+        request.say(f"This search's features ({size_bytes / 1e9:.1f} GB) are larger than UNFREEZE_CACHE_BYTES ({budget / 1e9:.1f} GB).")
+    return opened
 
 
 def _compute_rows(job: _Job, number: int, targets: Sequence[tuple[Cell, str]], rows: list[int]) -> dict[Cell, list[Part]]:

@@ -210,7 +210,7 @@ def test_many_openers_at_once_assemble_it_once(tmp_path: Path, monkeypatch: pyte
     store, made = MemoryObjectStore(), []
     uri = write_all(store)
     assemble = feature_cache._assemble
-    monkeypatch.setattr(feature_cache, "_assemble", lambda *arguments: (made.append(1), assemble(*arguments)))
+    monkeypatch.setattr(feature_cache, "_assemble", lambda *arguments: (made.append(1), assemble(*arguments))[1])
     found: list[Features] = []
     threads = [threading.Thread(target=lambda: found.append(open_features(uri, store, tmp_path))) for _ in range(6)]
     for thread in threads:
