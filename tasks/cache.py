@@ -65,10 +65,11 @@ def prune(storage: str | None, *, older_than_days: float | None, to_bytes: int |
         return _answer("local", dry_run, [str(copy.path) for copy in gone], sum(copy.size_bytes for copy in gone), _left(copies, gone))
     store = object_store()
     kept = stored(store, storage)
+    left_behind = unfinished(store, storage, before=time.time() - DAY_S)
     dropped = [kept[i] for i in chosen([(one.used_at, one.bytes) for one in kept], now=time.time(), **limits)]
     uris = [uri for one in dropped for uri in one.uris]
     if not dry_run:
-        for uri in [*_selections_of(store, storage, set(uris)), *uris]:  # a selection must not outlive its batches
+        for uri in [*_selections_of(store, storage, set(uris)), *uris, *left_behind]:  # a selection must not outlive its batches
             drop(store, uri)
         store.delete([join_uri(storage, "uses", "features", one.set) for one in dropped])
     freed = sum(one.bytes for one in dropped)
@@ -107,6 +108,17 @@ def stored(store: ObjectStore, storage: str) -> list[Kept]:
         used_at = uses.get(digest) or max(modified for _, modified in inside)
         kept.append(_kept(digest, about, sum(size for size, _ in inside), used_at, tuple(join_uri(root, name) for name in names)))
     return sorted(kept, key=lambda one: (one.used_at, one.set))
+
+
+def unfinished(store: ObjectStore, storage: str, *, before: float) -> list[str]:
+    """Folders without a manifest that nobody wrote to since `before` (seconds since 1970): what killed passes left behind."""
+    root, newest, finished = join_uri(storage, "features"), dict[str, float](), set[str]()
+    for info in store.list(root):
+        folder, _, key = info.uri[len(root) + 1 :].partition("/")
+        newest[folder] = max(newest.get(folder, 0.0), info.modified_at)
+        if key == MANIFEST:
+            finished.add(folder)
+    return [join_uri(root, folder) for folder, at in newest.items() if folder not in finished and at < before]
 
 
 def _about(store: ObjectStore, uris: Sequence[str]) -> list[dict[str, Any]]:

@@ -79,6 +79,18 @@ def test_what_is_older_goes_with_its_selection_and_what_is_younger_stays(store: 
     assert len({uri.split("/")[5] for uri in store.objects if "/features/" in uri and "/uses/" not in uri}) == 3  # two batches, a selection
 
 
+def test_what_a_killed_pass_left_goes_once_it_is_a_day_old(store: MemoryObjectStore) -> None:
+    shard = join_uri(STORAGE, "features", "abc-def", "00000.safetensors")
+    store.write(shard, b"half")
+    limits: dict[str, Any] = {"older_than_days": 100, "to_bytes": None, "dry_run": False}
+    cache.prune(STORAGE, **limits)
+    assert store.exists(shard)
+    store.modified_at[shard] -= 2 * 86400
+    cache.prune(STORAGE, **limits)
+    assert not store.exists(shard)
+    assert len(cache.show(STORAGE)["sets"]) == 2
+
+
 def test_pruning_this_machine_leaves_s3(store: MemoryObjectStore) -> None:
     before = dict(store.objects)
     assert len(cache.prune(None, older_than_days=None, to_bytes=0, dry_run=False)["removed"]) == 2
