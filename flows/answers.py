@@ -113,16 +113,20 @@ def verify(answer: dict[str, Any]) -> str:
 
 def cache(answer: dict[str, Any]) -> Group:
     """Both tiers of the feature cache."""
-    table = Table(title=f"{decimal(answer['bytes'])} of features below {answer['storage']}/features")
-    for column in ("backbone", "depth", "view", "px", "stored as", "images", "batches", "size", "last used", "set"):
-        table.add_column(column, justify="right" if column in ("depth", "px", "images", "batches", "size") else "left", no_wrap=True)
+    table = Table(box=None, padding=(0, 1))
+    for column in ("backbone", "depth", "view", "px", "stored", "images", "size", "last used"):
+        table.add_column(column, justify="right" if column in ("depth", "px", "images", "size") else "left", overflow="fold")
     for row in answer["sets"]:
         depth = "-" if row["unfreeze_depth"] is None else str(row["unfreeze_depth"])
-        backbone, counts = row["backbone"] or "any (pixels)", (f"{row['images']:,}", str(row["batches"]), decimal(row["bytes"]))
-        about = (backbone, depth, row["view"], str(row["image_size"]), row["dtype"])
-        table.add_row(*about, *counts, _ago(row["used_at"]), row["set"][:8])
+        about = (row["backbone"] or "any (pixels)", depth, row["view"], str(row["image_size"]), row["dtype"])
+        table.add_row(*about, f"{row['images']:,}", decimal(row["bytes"]), _ago(row["used_at"]))
+    on_s3 = f"on S3: {decimal(answer['bytes'])} in {len(answer['sets'])} sets below {answer['storage']}/features"
     local, budget = decimal(answer["local_bytes"]), decimal(answer["local_budget_bytes"])
-    return Group(table, f"on this machine: {local} in {len(answer['local'])} copies, of {budget} at most (UNFREEZE_CACHE_BYTES)")
+    return Group(
+        *([table] if answer["sets"] else []),
+        on_s3,
+        f"on this machine: {local} in {len(answer['local'])} copies, of {budget} at most (UNFREEZE_CACHE_BYTES)",
+    )
 
 
 def pruned(answer: dict[str, Any]) -> str:
