@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.filesize import decimal
 from rich.panel import Panel
 from rich.table import Table
 
@@ -107,6 +109,38 @@ def verify(answer: dict[str, Any]) -> str:
         return f"[green]verified[/]: {answer['objects']} objects at {answer['uri']} match their manifest"
     lines = [f"[red]{row['problem']}[/]: {row['key']}" for row in answer["problems"]]
     return "\n".join([f"{answer['uri']} does not match its manifest:", *lines])
+
+
+def cache(answer: dict[str, Any]) -> Group:
+    """Both tiers of the feature cache."""
+    table = Table(box=None, padding=(0, 1))
+    for column in ("backbone", "depth", "view", "px", "stored", "images", "size", "last used"):
+        table.add_column(column, justify="right" if column in ("depth", "px", "images", "size") else "left", overflow="fold")
+    for row in answer["sets"]:
+        depth = "-" if row["unfreeze_depth"] is None else str(row["unfreeze_depth"])
+        about = (row["backbone"] or "any (pixels)", depth, row["view"], str(row["image_size"]), row["dtype"])
+        table.add_row(*about, f"{row['images']:,}", decimal(row["bytes"]), _ago(row["used_at"]))
+    on_s3 = f"on S3: {decimal(answer['bytes'])} in {len(answer['sets'])} sets below {answer['storage']}/features"
+    local, budget = decimal(answer["local_bytes"]), decimal(answer["local_budget_bytes"])
+    return Group(
+        *([table] if answer["sets"] else []),
+        on_s3,
+        f"on this machine: {local} in {len(answer['local'])} copies, of {budget} at most (UNFREEZE_CACHE_BYTES)",
+    )
+
+
+def pruned(answer: dict[str, Any]) -> str:
+    """What a pruning threw away."""
+    what, tier = ("would free" if answer["dry_run"] else "freed"), "on this machine" if answer["tier"] == "local" else "on S3"
+    return f"{what} {decimal(answer['freed_bytes'])} of {len(answer['removed'])} {tier}; {decimal(answer['left_bytes'])} left"
+
+
+def _ago(at: float) -> str:
+    seconds = max(0.0, time.time() - at)
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return "just now"
 
 
 def status(answer: dict[str, Any]) -> Table:

@@ -18,11 +18,16 @@ app = typer.Typer(
     help="Transfer learning that is searched, judged and published.",
 )
 
+cache_app = typer.Typer()
+app.add_typer(cache_app, name="cache")
+
 DEMO_SPEC = Path(__file__).resolve().parent.parent / "examples" / "emoji.yaml"
 INTERRUPTED = 130
+DEFAULT_STORAGE = "s3://unfreeze"
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The spec; examples/emoji.yaml is one to copy.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=value", help="Override one value of the spec; may be repeated.")]
+Storage = Annotated[str, typer.Option(metavar="s3://...", help="Bucket and optional prefix, as `storage:` in the spec.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 
 
@@ -72,6 +77,31 @@ def verify(uri: Annotated[str, typer.Argument(metavar="URI", help="A published f
     answers.show(answer, as_json=as_json, render=answers.verify)
     if not answer["verified"]:
         raise typer.Exit(2)
+
+
+@cache_app.callback(invoke_without_command=True)
+def cache(context: typer.Context, storage: Storage = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
+    """What the feature cache holds, on S3 and on this machine."""
+    from flows import commands
+
+    if context.invoked_subcommand is None:
+        answers.show(commands.cache(storage), as_json=as_json, render=answers.cache)
+
+
+@cache_app.command()
+def prune(
+    older_than: Annotated[float | None, typer.Option(metavar="DAYS", min=0, help="What was not used for so many days.")] = None,
+    to_bytes: Annotated[str | None, typer.Option(metavar="SIZE", help="The least recently used, until SIZE is left: 5GB, 0.")] = None,
+    local: Annotated[bool, typer.Option("--local", help="On this machine, instead of on S3.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and leave it.")] = False,
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: AsJson = False,
+) -> None:
+    """Throw cached features away; a search that needs them computes them anew."""
+    from flows import commands
+
+    answer = commands.cache_prune(storage, local=local, older_than_days=older_than, to_bytes=to_bytes, dry_run=dry_run)
+    answers.show(answer, as_json=as_json, render=answers.pruned)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from infra import committed_folder, local_stack, progress, ray_cluster
+from infra import committed_folder, local_stack, progress, ray_cluster, settings
 from infra.object_store import object_store, split_uri
 from ray_jobs.sources import open_source
 from ray_jobs.spec import Spec, load_spec
@@ -56,6 +56,26 @@ def verify(uri: str) -> dict[str, Any]:
     objects = len(manifest.objects) if manifest else 0
     rows = [{"key": problem.key, "problem": problem.what} for problem in problems]
     return {"uri": uri, "objects": objects, "verified": not problems, "problems": rows}
+
+
+def cache(storage: str) -> dict[str, Any]:
+    """The feature cache, on S3 and on this machine."""
+    from tasks import cache as feature_cache
+
+    with local_stack.session(["s3"], storage=storage), progress.step("Looking"):
+        return feature_cache.show(storage)
+
+
+def cache_prune(storage: str, *, local: bool, older_than_days: float | None, to_bytes: str | None, dry_run: bool) -> dict[str, Any]:
+    """Throw cached features away; what went."""
+    from tasks import cache as feature_cache
+
+    size = None if to_bytes is None else settings.bytes_of(to_bytes)
+    limits: dict[str, Any] = {"older_than_days": older_than_days, "to_bytes": size, "dry_run": dry_run}
+    if local:
+        return feature_cache.prune(None, **limits)
+    with local_stack.session(["s3"], storage=storage), progress.step("Pruning"):
+        return feature_cache.prune(storage, **limits)
 
 
 def up() -> dict[str, Any]:

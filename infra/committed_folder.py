@@ -48,7 +48,11 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:
-        return cls(tuple(Entry(row["key"], row["size"], row["sha256"]) for row in json.loads(data)["objects"]))
+        """Raises ValueError where it is no manifest."""
+        try:
+            return cls(tuple(Entry(row["key"], row["size"], row["sha256"]) for row in json.loads(data)["objects"]))
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"not a manifest: {error!r}") from None
 
 
 @dataclass(frozen=True)
@@ -90,13 +94,16 @@ def commit(
     """
     entries = {key: _entry(key, content) for key, content in files.items()}
     wanted = Manifest(tuple(sorted([*entries.values(), *(already_there.objects if already_there else ())], key=lambda e: e.key)))
-    before = read_manifest(store, uri)
-    listed = {info.uri: info.size_bytes for info in store.list(uri)} if before else {}
+    try:
+        before = read_manifest(store, uri)
+    except ValueError:  # damaged: the folder is written again
+        before = Manifest(())
+    listed = {info.uri: info.size_bytes for info in store.list(uri)} if before is not None else {}
     kept = {e for e in (before.objects if before else ()) if listed.get(join_uri(uri, e.key)) == e.size}
     to_send = [entry for entry in entries.values() if entry not in kept]
     if before == wanted and not to_send:
         return Committed(wanted, 0)
-    if before:  # changing a committed folder: it must not look finished while half new
+    if before is not None:  # changing a committed folder: it must not look finished while half new
         store.delete([join_uri(uri, MANIFEST)])
     done, total = 0, sum(entry.size for entry in to_send)
     with ThreadPoolExecutor(TRANSFER_THREADS) as pool:

@@ -24,6 +24,8 @@ class ObjectInfo:
     uri: str
     size_bytes: int
     etag: str
+    modified_at: float
+    """By the store's clock, in seconds since 1970."""
 
 
 class ObjectStore(Protocol):
@@ -36,6 +38,10 @@ class ObjectStore(Protocol):
     def exists(self, uri: str) -> bool: ...
     def list(self, prefix_uri: str) -> Iterator[ObjectInfo]:
         """Every object below `prefix_uri` taken as a folder, by key."""
+        ...
+
+    def folders(self, start_uri: str) -> Iterator[str]:
+        """The folders whose URI begins with `start_uri` and has no further slash, by key; what they hold is not listed."""
         ...
 
     def delete(self, uris: Iterable[str]) -> None: ...
@@ -114,7 +120,15 @@ class S3ObjectStore:
         with _translated(prefix_uri):
             for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
                 for item in page.get("Contents", []):
-                    yield ObjectInfo(f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"'))
+                    uri, modified = f"s3://{bucket}/{item['Key']}", item["LastModified"].timestamp()
+                    yield ObjectInfo(uri, item["Size"], item["ETag"].strip('"'), modified)
+
+    def folders(self, start_uri: str) -> Iterator[str]:
+        bucket, start = split_uri(start_uri)
+        with _translated(start_uri):
+            for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start, Delimiter="/"):
+                for item in page.get("CommonPrefixes", []):
+                    yield f"s3://{bucket}/{item['Prefix'].rstrip('/')}"
 
     def delete(self, uris: Iterable[str]) -> None:
         for uri in uris:

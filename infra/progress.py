@@ -20,6 +20,11 @@ def ignore(done: float, total: float) -> None:
     """For callers that do not watch."""
 
 
+def say(text: str) -> None:
+    """One line for a person, above a bar that is being shown."""
+    console.print(text)
+
+
 class Watcher:
     """Shows how far a step has come. Sent to another process it becomes one that shows nothing: a terminal does not travel."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, get_args
 
-from pydantic import AliasChoices, Field, ValidationError
+from pydantic import AliasChoices, ByteSize, Field, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infra.errors import UserError
@@ -26,6 +26,9 @@ class Settings(BaseSettings):
 
     home: Path = Field(default=Path(".unfreeze"), description="State of the embedded stack.")
     cache_dir: Path | None = Field(default=None, description="Scratch of this machine; the default is `cache` in the home.")
+    cache_bytes: ByteSize = Field(
+        default=ByteSize(20 * 10**9), gt=0, description="Features kept on this machine's disk, e.g. 50GB; the least recently used go first."
+    )
     num_cpus: float | None = Field(default=None, gt=0, description="CPUs of the embedded Ray; the default is all of the machine's.")
     start_timeout_s: float = Field(default=180.0, gt=0, description="How long one embedded service may take to answer.")
 
@@ -58,6 +61,19 @@ def cache_dir() -> Path:
     """UNFREEZE_CACHE_DIR, or `cache` in the home; absolute, made with mode 0700 where missing."""
     chosen = load().cache_dir
     return _private_dir(chosen.expanduser().absolute() if chosen else home_dir() / "cache")
+
+
+def cache_bytes() -> int:
+    """UNFREEZE_CACHE_BYTES."""
+    return int(load().cache_bytes)
+
+
+def bytes_of(size: str) -> int:
+    """A size such as 5GB, 512MiB or 0, in bytes. Raises UserError."""
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(size))
+    except ValidationError:
+        raise UserError(f"{size!r} is no size.", "Write it as 5GB, 512MiB or a number of bytes.") from None
 
 
 def _private_dir(path: Path) -> Path:

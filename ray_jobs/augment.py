@@ -40,6 +40,12 @@ def seed_of(seed: int, epoch: int, image: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def seed_of_view(sha256: str, view: int) -> int:
+    """A seed for one fixed view of an image: the same in any dataset, on any machine."""
+    digest = hashlib.blake2b(f"{sha256}/{view}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
 def seeded(transform: Callable[[Tensor], Tensor], image_CHW: Tensor, seed: int) -> Tensor:
     """`transform` with every draw decided by `seed`. Leaves torch's global CPU generator at a place that `seed` decides, too."""
     torch.default_generator.manual_seed(seed)

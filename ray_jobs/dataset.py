@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from bisect import bisect_right
-from collections.abc import Collection, Iterator
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +94,20 @@ class Dataset:
 
     def images(self, splits: Collection[str]) -> Iterator[tuple[Row, bytes]]:
         """The rows of these splits with the original bytes of their images, in canonical order."""
-        for start, stop in _runs([row.index for row in self.rows(splits)]):
-            yield from zip(self.all_rows[start:stop], self.image_bytes(start, stop), strict=True)
+        rows = self.rows(splits)
+        return zip(rows, self.image_bytes_at([row.index for row in rows]), strict=True)
 
     def image_bytes(self, start: int, stop: int) -> Iterator[bytes]:
         """The original bytes of the images `start` to `stop` (exclusive) in canonical order."""
         assert 0 <= start <= stop <= self.manifest.num_rows, (start, stop, self.manifest.num_rows)
+        return self.image_bytes_at(range(start, stop))
+
+    def image_bytes_at(self, indices: Sequence[int]) -> Iterator[bytes]:
+        """The original bytes of the images of these rising numbers; reads no row group without one of them."""
         for shard in self._shards:
-            first, last = max(start, shard.start), min(stop, shard.stop)
+            first, last = bisect_left(indices, shard.start), bisect_left(indices, shard.stop)
             if first < last:
-                yield from _images_of(self._file(shard.key), first - shard.start, last - shard.start)
+                yield from _images_of(self._file(shard.key), [index - shard.start for index in indices[first:last]])
 
     @cached_property
     def _shards(self) -> list[Shard]:
@@ -132,23 +136,12 @@ def _read(path: Path) -> pa.Table:
         return file.read()
 
 
-def _images_of(path: Path, start: int, stop: int) -> Iterator[bytes]:
-    """The images in rows `start` to `stop` of one shard, one row group in memory at a time."""
+def _images_of(path: Path, rows: Sequence[int]) -> Iterator[bytes]:
+    """The images in these rising rows of one shard, one row group in memory at a time."""
     with pq.ParquetFile(path, memory_map=True) as file:
         bounds = [0, *accumulate(file.metadata.row_group(number).num_rows for number in range(file.num_row_groups))]
-        for number in range(bisect_right(bounds, start) - 1, file.num_row_groups):
-            if bounds[number] >= stop:
-                return
-            column = file.read_row_group(number, columns=["image"]).column("image")
-            first, last = max(start - bounds[number], 0), min(stop, bounds[number + 1]) - bounds[number]
-            for value in column.slice(first, last - first):
-                yield value.as_py()
-
-
-def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:
-    """Rising numbers as ranges (start, stop) of consecutive ones."""
-    start = 0
-    for position in range(1, len(indices) + 1):
-        if position == len(indices) or indices[position] != indices[position - 1] + 1:
-            yield indices[start], indices[position - 1] + 1
-            start = position
+        for number, (start, stop) in enumerate(pairwise(bounds)):
+            inside = rows[bisect_left(rows, start) : bisect_left(rows, stop)]
+            if inside:
+                column = file.read_row_group(number, columns=["image"]).column("image")
+                yield from (column[row - start].as_py() for row in inside)

@@ -1,4 +1,4 @@
-"""Compute what crosses every wanted cut for a range of images, in one forward pass. One bare process; no Ray.
+"""Compute what crosses every wanted cut for some images, in one forward pass. One bare process; no Ray.
 
 Shapes: N images, H height, W width, B images of a batch.
 """
@@ -12,15 +12,36 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ray_jobs import augment
 from ray_jobs.cuts import Cuts
+from ray_jobs.images import shrink
 from ray_jobs.preprocessing import decode, normalise, to_square
+from ray_jobs.spec import Augmentation
 
 BATCH = 32
 
 
 def pixels_of(images: Iterable[bytes], *, image_size: int, max_pixels: int) -> NDArray[np.uint8]:
-    """pixels_NHWC of the decoded images, squared."""
+    """pixels_NHWC of the decoded images, squared: what val and serving see, view 0."""
     return np.stack([to_square(decode(data, max_pixels), image_size) for data in images])
+
+
+def views_of(
+    images: Sequence[tuple[str, bytes]], views: Sequence[int], *, image_size: int, max_pixels: int, augmentation: Augmentation,
+) -> dict[int, NDArray[np.uint8]]:  # fmt: skip
+    """pixels_NHWC of each view of some images, given with their sha256; each image is decoded once."""
+    transform = augment.build(augmentation, image_size)
+    out = {view: np.empty((len(images), image_size, image_size, 3), dtype=np.uint8) for view in views}
+    for position, (sha256, data) in enumerate(images):
+        decoded = decode(data, max_pixels)
+        image_CHW = torch.from_numpy(np.array(shrink(decoded, image_size))).permute(2, 0, 1)
+        for view in views:
+            if view:
+                seen_CHW = augment.seeded(transform, image_CHW, augment.seed_of_view(sha256, view))
+                out[view][position] = seen_CHW.permute(1, 2, 0).numpy()
+            else:
+                out[view][position] = to_square(decoded, image_size)
+    return out
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Data preparation without Ray: decode and hash every image once, split by content, and commit shards, manifest and statistics to S3.
+"""Data preparation without Ray: decode each new image once, split by content, and commit shards, manifest and statistics to S3.
 
 `run` says where the work happens: `in_this_process` here, a bounded map over Ray tasks in prepare_on_ray. Crash order: shards first, then
 manifest.parquet, quarantine.parquet and stats.json, and MANIFEST.json last; a retry writes the same bytes again.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +21,19 @@ from infra.committed_folder import Entry, Manifest
 from infra.errors import UserError
 from infra.object_store import join_uri, object_store
 from ray_jobs import preprocessing
+from ray_jobs.known_images import Facts, former_dataset, known_images
 from ray_jobs.preprocessing import BadImageError
-from ray_jobs.sources import READ_THREADS, Item, Listing, Rejected, StoreFactory, file_limit, open_source, read_location
+from ray_jobs.sources import (
+    PREPARATION_VERSION,
+    READ_THREADS,
+    Item,
+    Listing,
+    Rejected,
+    StoreFactory,
+    file_limit,
+    open_source,
+    read_location,
+)
 from ray_jobs.spec import DataSpec, Spec
 
 if TYPE_CHECKING:  # it loads rich, which workers do without
@@ -44,18 +55,6 @@ class Run(Protocol):
     """A map: calls a picklable function on each job, in any order, without taking jobs far ahead of the results."""
 
     def __call__(self, function: Callable[[Job], Result], jobs: Iterable[Job], /) -> Iterator[Result]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What decoding one image told: digest of its bytes, size in pixels when upright, and how its file stores it."""
-
-    sha256: str
-    width: int
-    height: int
-    mode: str
-    format: str
-    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,9 @@ def prepare(spec: Spec, on_progress: OnProgress, *, run: Run = in_this_process, 
     """Prepare the spec's source and commit it below the spec's storage. Raises UserError where no classifier can be trained on it."""
     with open_source(spec.data, make_store) as listing:
         total = len(listing.items) * (1 + WRITING_SHARE)
-        facts = _examine_all(spec.data, listing, run, make_store, lambda done: on_progress(done, total))
+        former = former_dataset(make_store(), spec.storage, spec.name)
+        look = partial(examine, max_megapixels=spec.data.max_megapixels, make_store=make_store, former=former)
+        facts = _examine_all(look, listing, spec.data, run, lambda done: on_progress(done, total))
         assembled = assemble(listing, facts, spec.data)
         uri = join_uri(spec.storage, "datasets", spec.name, assembled.version)
         manifest = committed_folder.read_manifest(make_store(), uri)
@@ -118,11 +119,11 @@ def prepare(spec: Spec, on_progress: OnProgress, *, run: Run = in_this_process, 
     return {**{key: stats[key] for key in shown}, "uri": uri, "bytes": manifest.size_bytes}
 
 
-def examine(chunk: Chunk, *, max_megapixels: float, make_store: StoreFactory) -> tuple[int, list[Facts | Rejected]]:
-    """Decode and hash the images of a chunk: its start, and what was found of each item."""
-    limit = file_limit(max_megapixels)
+def examine(chunk: Chunk, *, max_megapixels: float, make_store: StoreFactory, former: str | None) -> tuple[int, list[Facts | Rejected]]:
+    """Hash the images of a chunk, and decode those that the former dataset does not have: its start, and what was found of each item."""
+    limit, known = file_limit(max_megapixels), known_images(former, make_store)
     return chunk.start, [
-        _examine_one(item, content, limit, int(max_megapixels * 1e6), make_store)
+        _examine_one(item, content, limit, int(max_megapixels * 1e6), make_store, known)
         for item, content in zip(chunk.items, chunk.contents, strict=True)
     ]
 
@@ -192,6 +193,7 @@ def stats_of(assembled: Assembled) -> dict[str, Any]:
     classes = sorted(per_class)
     return {
         "version": assembled.version,
+        "preparation": PREPARATION_VERSION,
         "images": len(rows),
         "classes": classes,
         **{split: per_split[split] for split in SPLIT_ORDER},
@@ -207,11 +209,11 @@ def stats_of(assembled: Assembled) -> dict[str, Any]:
 
 
 def _examine_all(
-    data: DataSpec, listing: Listing, run: Run, make_store: StoreFactory, on_done: Callable[[int], None]
+    look: Callable[[Chunk], tuple[int, list[Facts | Rejected]]], listing: Listing, data: DataSpec, run: Run, on_done: Callable[[int], None]
 ) -> list[Facts | Rejected]:
     facts: list[Facts | Rejected | None] = [None] * len(listing.items)
     done = 0
-    for start, found in run(partial(examine, max_megapixels=data.max_megapixels, make_store=make_store), _chunks(listing, data)):
+    for start, found in run(look, _chunks(listing, data)):
         facts[start : start + len(found)] = found
         done += len(found)
         on_done(done)
@@ -245,16 +247,22 @@ def _content(listing: Listing, item: Item, limit: int) -> bytes | Rejected | Non
         return Rejected(item.name, error.reason, error.detail)
 
 
-def _examine_one(item: Item, content: bytes | Rejected | None, limit: int, max_pixels: int, make_store: StoreFactory) -> Facts | Rejected:
+def _examine_one(
+    item: Item, content: bytes | Rejected | None, limit: int, max_pixels: int, make_store: StoreFactory, known: Mapping[str, Facts]
+) -> Facts | Rejected:
     if isinstance(content, Rejected):
         return content
     try:
         data = read_location(item.location, limit, make_store) if content is None else content
+        sha256 = hashlib.sha256(data).hexdigest()
+        before = known.get(sha256)
+        if before and before.width * before.height <= max_pixels:
+            return before
         decoded = preprocessing.decode_file(data, max_pixels)
     except BadImageError as error:
         return Rejected(item.name, error.reason, error.detail)
     width, height = decoded.image.size
-    return Facts(hashlib.sha256(data).hexdigest(), width, height, decoded.mode, decoded.format, len(data))
+    return Facts(sha256, width, height, decoded.mode, decoded.format, len(data))
 
 
 def _conflicting(items: list[Item]) -> list[Rejected]:

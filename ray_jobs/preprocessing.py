@@ -1,6 +1,6 @@
 """From the bytes of an image file to what the backbone sees.
 
-Self-contained (PIL and numpy only): a copy of this very file is shipped inside each served model, so that training and
+Self-contained (Pillow, numpy and torch only): a copy of this very file is shipped inside each served model, so that training and
 serving cannot differ. Shapes: N images, C channels, H height, W width.
 """
 
@@ -77,15 +77,19 @@ def decode_file(data: bytes, max_pixels: int) -> Decoded:
 
 
 def to_square(image: Image.Image, image_size: int) -> np.ndarray:
-    """The centre square of an RGB image as uint8 HWC: shorter side resized to `image_size` (antialiased bicubic), then cropped.
+    """The centre square of an RGB image as uint8 HWC: cropped, then resized to `image_size` (antialiased bicubic).
 
-    Resizing just the square's box is the same thing without building the long side, which a 1 x 60000 image would make huge.
+    torch's kernel resizes bytes as Pillow does, to within one level in 255, and three times as fast.
     """
+    import torch  # here, because whoever only decodes does without
+
     width, height = image.size
     side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    square = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    return np.array(square, dtype=np.uint8)
+    left, top = (width - side) // 2, (height - side) // 2
+    square_HWC = np.array(image.crop((left, top, left + side, top + side)), dtype=np.uint8)
+    square_BCHW = torch.from_numpy(square_HWC).permute(2, 0, 1).unsqueeze(0)
+    resized_BCHW = torch.nn.functional.interpolate(square_BCHW, (image_size, image_size), mode="bicubic", antialias=True)
+    return resized_BCHW.squeeze(0).permute(1, 2, 0).contiguous().numpy()
 
 
 def normalise(pixels_NHWC: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

@@ -27,6 +27,7 @@ from infra.errors import UserError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 Augmentation = Literal["none", "photo", "symbol", "aerial"]
+FeatureDtype = Literal["float32", "float16", "bfloat16"]
 
 
 class _Part(BaseModel):
@@ -139,6 +140,10 @@ class SearchSpec(_Part):
     )
     optimizer: Optimizers = Field("adamw", description="adamw, sgd (with Nesterov momentum 0.9), or a list of both to search over.")
     class_weights: Literal["auto", "none"] = Field("auto", description="auto weights rare classes up when the classes are imbalanced.")
+    views: int = Field(
+        1, ge=1, le=64, description="Fixed views of each train image in the cache: 1 as val sees it, the others by fit.augmentation."
+    )
+    feature_dtype: FeatureDtype = Field("float32", description="How cached features are stored; computing stays in float32.")
 
     @field_validator("unfreeze_depth", "lr", "batch_size", "weight_decay", "label_smoothing", "layer_decay", "optimizer")
     @classmethod
@@ -206,6 +211,12 @@ class Spec(_Part):
     fit: FitSpec = FitSpec()
     promotion: PromotionSpec = PromotionSpec()
     storage: str = Field("s3://unfreeze", pattern=r"^s3://[^/]+(/.*)?$", description="Bucket and optional prefix, as an s3:// URI.")
+
+    @model_validator(mode="after")
+    def _views_have_an_augmentation(self) -> Spec:
+        if self.search.views > 1 and self.fit.augmentation == "none":
+            raise ValueError(f"search.views: {self.search.views} views would all be the same with fit.augmentation: none")
+        return self
 
     @property
     def digest(self) -> str:

@@ -55,11 +55,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Rows:
-    """The cached rows of one cut: the first `train` of them train, the rest judge."""
+    """The cached rows of one cut: the first `train` of them train, the rest judge; after them the train rows of further views."""
 
     values: Sequence[Tensor]
     labels_N: Tensor  # noqa: N815
     train: int
+    views: int = 1
 
 
 def class_weights(counts: Sequence[int], mode: str) -> list[float] | None:
@@ -157,8 +158,10 @@ class SuffixTraining:
         self.set_mode(True)
         order_N = torch.randperm(self.rows.train, generator=self.order)
         total = torch.zeros((), device=self.device)
-        for rows_B in torch.split(order_N, self.recipe.batch_size):
-            logits_BK, labels_B = self._forward(rows_B)
+        drawn_N = self._draw_views(order_N)
+        size = self.recipe.batch_size
+        for rows_B, drawn_B in zip(torch.split(order_N, size), torch.split(drawn_N, size), strict=True):
+            logits_BK, labels_B = self._forward(rows_B, drawn_B)
             loss = cross_entropy(logits_BK, labels_B, weight=self.weights_K, label_smoothing=self.recipe.label_smoothing)
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
@@ -171,15 +174,28 @@ class SuffixTraining:
         val_N = torch.arange(self.rows.train, len(self.rows.labels_N))
         loss, hits = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.long, device=self.device)
         for rows_B in torch.split(val_N, EVAL_BATCH):
-            logits_BK, labels_B = self._forward(rows_B)
+            logits_BK, labels_B = self._forward(rows_B, rows_B)
             loss += cross_entropy(logits_BK, labels_B, reduction="sum")
             hits += (logits_BK.argmax(1) == labels_B).sum()
         return self._finite(float(loss) / len(val_N)), int(hits) / len(val_N)
 
-    def _forward(self, rows_B: Tensor) -> tuple[Tensor, Tensor]:
-        values = [value.index_select(0, rows_B).to(self.device, non_blocking=True) for value in self.rows.values]
+    def _draw_views(self, rows_N: Tensor) -> Tensor:
+        """For each train row the stored row of one of its views, drawn anew; nothing is drawn where there is but one."""
+        if self.rows.views == 1:
+            return rows_N
+        view_N = torch.randint(self.rows.views, rows_N.shape, generator=self.order)
+        val = len(self.rows.labels_N) - self.rows.train
+        return torch.where(view_N > 0, rows_N + val + view_N * self.rows.train, rows_N)
+
+    def _forward(self, rows_B: Tensor, drawn_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the stored rows `drawn_B`, which are views of `rows_B`, and their labels."""
+        values = [self._widened(value.index_select(0, drawn_B).to(self.device, non_blocking=True)) for value in self.rows.values]
         labels_B = self.rows.labels_N.index_select(0, rows_B).to(self.device, non_blocking=True)
         return self.module(*self.prepare(values)), labels_B
+
+    def _widened(self, value: Tensor) -> Tensor:
+        """16-bit floats are how features are stored, not how they are computed with."""
+        return value.to(self.parameters[0].dtype) if value.dtype in (torch.float16, torch.bfloat16) else value
 
     def _finite(self, loss: float) -> float:
         if not math.isfinite(loss):

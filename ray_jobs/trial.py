@@ -142,7 +142,7 @@ class WarmWorker:
 
 
 def rows_of(features: Features) -> Rows:
-    return Rows([torch.from_numpy(v) for v in features.values], torch.from_numpy(features.labels), features.train)
+    return Rows(features.tensors(), torch.from_numpy(features.labels), features.train, features.views)
 
 
 def put_head(model: nn.Module, head: Head) -> None:

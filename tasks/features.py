@@ -1,4 +1,4 @@
-"""The step that runs the frozen prefix once over the data, for every cut that the search needs."""
+"""The step that runs the frozen prefix once over the images that are new, for every cut that the search needs."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ from typing import Any
 
 from infra import progress, ray_cluster
 from ray_jobs.spec import Spec
-from tasks.policies import step
+from tasks.policies import effect
 
 
-def _key(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any]) -> list[Any]:
-    return [spec.storage, dataset["version"], backbone["digest"], sorted(spec.search.unfreeze_depth), spec.data.image_size]
-
-
-@step(name="cache features", key=_key, timeout_s=12 * 3600)
+@effect(name="cache features", timeout_s=12 * 3600)
 def cache_features(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any]) -> dict[str, Any]:
-    """The URI of the cached features by depth, and how many images had to be computed."""
+    """The URI of the cached features by depth, and how many images had to be computed.
+
+    An effect, not a step: it looks itself at what is cached, checks every byte of this machine's copy, and mends what is damaged.
+    """
     from ray_jobs import features_on_ray
 
     with progress.step("Computing the shared features") as on_progress, ray_cluster.connect():
-        made = features_on_ray.cache_features(spec, dataset, backbone, on_progress)
-    return {**made, "uris": sorted(made["features"].values())}
+        return features_on_ray.cache_features(spec, dataset, backbone, on_progress, say=progress.say)

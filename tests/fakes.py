@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import md5
 from pathlib import Path
@@ -14,6 +15,7 @@ class MemoryObjectStore:
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
+        self.modified_at: dict[str, float] = {}
         self.writes = 0
         self.before_write: Callable[[str], None] = lambda uri: None
 
@@ -28,6 +30,7 @@ class MemoryObjectStore:
         self.before_write(uri)
         self.writes += 1
         self.objects[uri] = data
+        self.modified_at[uri] = time.time()
 
     def download(self, uri: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +46,11 @@ class MemoryObjectStore:
         folder = prefix_uri.rstrip("/") + "/"
         for uri, data in sorted(self.objects.items()):
             if uri.startswith(folder):
-                yield ObjectInfo(uri, len(data), md5(data, usedforsecurity=False).hexdigest())
+                yield ObjectInfo(uri, len(data), md5(data, usedforsecurity=False).hexdigest(), self.modified_at.get(uri, 0.0))
+
+    def folders(self, start_uri: str) -> Iterator[str]:
+        inside = (uri[len(start_uri) :] for uri in sorted(self.objects) if uri.startswith(start_uri))
+        yield from dict.fromkeys(start_uri + rest.partition("/")[0] for rest in inside if "/" in rest)
 
     def delete(self, uris: Iterable[str]) -> None:
         for uri in uris:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,16 @@ def test_what_is_no_s3_address_is_refused(uri: str) -> None:
 
 def test_keys_may_hold_question_marks_and_hashes() -> None:
     assert split_uri("s3://bucket/a#b?c") == ("bucket", "a#b?c")
+
+
+def test_folders_are_found_by_how_their_names_begin(store: ObjectStore, base: str) -> None:
+    for key in ("features/ab-1/x", "features/ab-1/y", "features/ab-2/deep/z", "features/abc-3/x", "features/ab-not-a-folder"):
+        store.write(join_uri(base, key), b"x")
+    assert list(store.folders(join_uri(base, "features", "ab-"))) == [join_uri(base, "features", key) for key in ("ab-1", "ab-2")]
+    assert list(store.folders(join_uri(base, "features", "z"))) == []
+
+
+def test_a_listing_tells_when_each_object_was_written(store: ObjectStore, base: str) -> None:
+    store.write(join_uri(base, "a"), b"x")
+    (info,) = store.list(base)
+    assert abs(info.modified_at - time.time()) < 60

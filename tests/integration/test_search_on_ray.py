@@ -145,13 +145,17 @@ def test_a_search_computes_features_once_and_ends_with_a_verified_leaderboard(ma
 
 
 def without_numbers(uri: str, cache: Path) -> str:
-    """A copy of a feature cache in which every value is NaN."""
-    from ray_jobs.feature_cache import commit_features, open_features, write_shard
+    """A copy of the features of one cut in which every value is NaN."""
+    from ray_jobs.feature_batches import Selection, commit_batch, commit_selection, write_shards
+    from ray_jobs.feature_cache import open_features
 
-    features, copy = open_features(uri, object_store(), cache), f"{uri}-nan"
-    entry = write_shard(object_store(), copy, 0, [np.full_like(value, np.nan) for value in features.values], features.labels)
-    commit_features(object_store(), copy, [entry], {"train": features.train, "val": features.val})
-    return copy
+    features, store, copy = open_features(uri, object_store(), cache), object_store(), f"{uri}-nan"
+    rows = len(features.labels)
+    parts = write_shards(store, copy, 0, [np.full_like(value, np.nan) for value in features.values], "float32")
+    batch = commit_batch(store, copy, [f"{row:064x}" for row in range(rows)], parts, {})
+    places = np.zeros(rows, np.int32), np.arange(rows)
+    selection = Selection([(batch.uri, batch.manifest_digest)], *places, features.labels, features.train, 1)
+    return commit_selection(store, f"s3://{BUCKET}", selection, {})
 
 
 def search_with_nan(machine: Path, prepared: Any, nan_depth: int, **search: Any) -> dict[str, Any]:

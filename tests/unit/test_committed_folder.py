@@ -98,3 +98,12 @@ def test_a_local_copy_is_made_once_and_never_from_altered_objects(tmp_path: Path
     assert fetch(store, URI, tmp_path) == folder
     with pytest.raises(ValueError, match="does not match"):
         fetch(store, URI, tmp_path / "elsewhere")
+
+
+def test_a_folder_whose_manifest_is_damaged_is_written_again() -> None:
+    store = MemoryObjectStore()
+    manifest = commit(store, URI, FILES).manifest
+    for damaged in (b"{", b"[1]", b'{"objects": [{}]}', b"\xff"):
+        store.write(f"{URI}/{MANIFEST}", damaged)
+        assert commit(store, URI, FILES).transferred == len(FILES)
+        assert (read_manifest(store, URI), verify(store, URI)) == (manifest, [])

@@ -400,3 +400,46 @@ def test_a_rejection_is_listed_whatever_its_name_holds() -> None:
     rejected = [Rejected("caf\\xe9/🦜\n.png", "unsafe_path", "detail\t")]
     table = pq.ParquetFile(io.BytesIO(dataset_tables.quarantine_bytes(rejected))).read()
     assert table.to_pylist() == [{"name": "caf\\xe9/🦜\n.png", "reason": "unsafe_path", "detail": "detail\t"}]
+
+
+def decoded_while(action: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many images are decoded meanwhile."""
+    seen = []
+    with monkeypatch.context() as patch:
+        decode = prepare.preprocessing.decode_file
+        patch.setattr(prepare.preprocessing, "decode_file", lambda data, limit: (seen.append(1), decode(data, limit))[1])
+        action()
+    return len(seen)
+
+
+def test_the_next_night_decodes_the_new_images_alone_and_prepares_the_same_as_from_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, files = MemoryObjectStore(), two_classes()
+    root = write_folder(tmp_path / "pets", files | {"cat/broken.png": png()[:40]})
+    assert decoded_while(lambda: prepared(root, store, tmp_path / "cache"), monkeypatch) == 41
+    write_folder(root, {"cat/new.png": png(4000), "dog/again.png": png(0)})
+    found: list[Dataset] = []
+    assert decoded_while(lambda: found.append(prepared(root, store, tmp_path / "cache")), monkeypatch) == 2  # the new and the broken one
+    fresh = prepared(root, MemoryObjectStore(), tmp_path / "other")
+    assert found[0].version == fresh.version
+    assert found[0].manifest.equals(fresh.manifest)
+    assert found[0].stats == fresh.stats
+    assert quarantine(found[0]) == quarantine(fresh)
+
+
+def test_an_image_known_from_before_that_is_too_large_for_todays_limit_goes_to_quarantine(tmp_path: Path) -> None:
+    store = MemoryObjectStore()
+    root = write_folder(tmp_path / "pets", two_classes() | {"cat/large.png": png(5, (2000, 2000))})
+    assert prepared(root, store, tmp_path / "cache").quarantine.num_rows == 0
+    assert quarantine(prepared(root, store, tmp_path / "cache", max_megapixels=1.0)) == {"cat/large.png": "oversized"}
+
+
+@pytest.mark.parametrize("key", ["manifest.parquet", "stats.json", MANIFEST])
+def test_a_damaged_dataset_of_before_is_not_believed(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryObjectStore()
+    root = write_folder(tmp_path / "pets", two_classes())
+    uri = prepared(root, store, tmp_path / "cache").uri
+    store.objects[f"{uri}/{key}"] = store.objects[f"{uri}/{key}"][:-7] + b"altered"
+    write_folder(root, {"cat/new.png": png(4000)})
+    assert decoded_while(lambda: prepared(root, store, tmp_path / "cache"), monkeypatch) == 41

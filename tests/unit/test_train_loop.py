@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -138,3 +138,39 @@ def test_rare_classes_weigh_more_only_where_the_classes_are_imbalanced() -> None
     assert weights[0] == pytest.approx(2 * weights[1])
     assert sum(weights) / len(weights) == pytest.approx(1.0)
     assert class_weights([0, 1, 9], "auto") is not None
+
+
+def test_each_epoch_draws_a_view_for_each_train_row_and_one_view_draws_nothing() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(1, CLASSES)
+    values_ND = torch.arange(TRAIN + VAL + 2 * TRAIN, dtype=torch.float32)[:, None]
+    labels_N = torch.randint(0, CLASSES, (TRAIN + VAL,))
+    recipe = Recipe(**{**vars(RECIPE), "lr": 1e-6})
+    seen: list[int] = []
+
+    def prepare(values: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        seen.extend(int(row) for row in values[0])
+        return values
+
+    training = SuffixTraining(layer, Rows([values_ND], labels_N, TRAIN, views=3), recipe, set_mode=layer.train, prepare=prepare)
+    training.epoch()
+    trained, judged = seen[:TRAIN], seen[TRAIN:]
+    assert judged == list(range(TRAIN, TRAIN + VAL))
+    assert sorted(row if row < TRAIN else (row - TRAIN - VAL) % TRAIN for row in trained) == list(range(TRAIN))
+    assert len({(row - VAL) // TRAIN if row >= TRAIN else 0 for row in trained}) == 3
+    before = list(trained)
+    seen.clear()
+    training.epoch()
+    assert seen[:TRAIN] != before
+
+    one = SuffixTraining(nn.Linear(1, CLASSES), Rows([values_ND], labels_N, TRAIN), recipe, set_mode=layer.train)
+    one.epoch()
+    order = torch.Generator().manual_seed(recipe.seed)
+    torch.randperm(TRAIN, generator=order)
+    assert torch.equal(one.order.get_state(), order.get_state())
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_features_stored_in_sixteen_bits_train_as_their_widened_values(kind: torch.dtype) -> None:
+    stored_ND = torch.randn((TRAIN + VAL, 6), generator=torch.Generator().manual_seed(1)).to(kind)
+    assert linear_training(RECIPE, stored_ND).epoch().val_loss == linear_training(RECIPE, stored_ND.float()).epoch().val_loss
