@@ -1,4 +1,4 @@
-"""Linear probes on cached features: one for each learning rate; the best head starts every deeper trial. No Ray."""
+"""Linear probes on cached features: one for each learning rate, all at once; the best head starts every deeper trial. No Ray."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from infra.errors import UserError
-from ray_jobs.train_loop import Diverged, EpochResult
+from ray_jobs.train_loop import EpochResult
 from ray_jobs.trial import WarmWorker
 
 
@@ -29,20 +29,8 @@ class Probe:
 
 def best_probe(worker: WarmWorker, lrs: Sequence[float]) -> Probe:
     """The best head over all learning rates and epochs, by val accuracy, then val loss. Raises UserError where all diverge."""
-    probes = [probe for lr in lrs for probe in _probes(worker, lr)]
-    if not probes:
+    found = [result for result in worker.heads([{"lr": lr} for lr in lrs]) if result.best_epoch]
+    if not found:
         raise UserError(f"Every linear probe diverged (learning rates {', '.join(f'{lr:g}' for lr in lrs)}).", "Lower search.lr.")
-    return max(probes, key=lambda probe: (probe.result.val_accuracy, -probe.result.val_loss))
-
-
-def _probes(worker: WarmWorker, lr: float) -> list[Probe]:
-    """The head after each epoch of one training, until it diverges."""
-    training = worker.start(0, lr, None)
-    found = []
-    for epoch in range(1, worker.work.max_epochs + 1):
-        try:
-            result = training.epoch()
-        except Diverged:
-            break
-        found.append(Probe(lr, epoch, result, worker.head()))
-    return found
+    best = max(found, key=lambda result: (result.best.val_accuracy, -result.best.val_loss))
+    return Probe(best.recipe.lr, best.best_epoch, best.best, best.head)

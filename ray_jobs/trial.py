@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ray_jobs import backbone
 from ray_jobs.cuts import Cuts
 from ray_jobs.feature_cache import Features, open_features
 from ray_jobs.groups import head_names
+from ray_jobs.heads import HeadResult, head_rows, train_alone, train_heads
 from ray_jobs.train_loop import Recipe, Rows, SuffixTraining, class_weights
 
 Head = Mapping[str, np.ndarray[Any, Any]]
@@ -86,9 +87,26 @@ class WarmWorker:
         suffix = self.cuts.suffix(depth)
         if head is not None:
             put_head(self.model, head)
-        rows = Rows([torch.from_numpy(v) for v in features.values], torch.from_numpy(features.labels), features.train)
         recipe = self.work.recipe(lr, features.labels[: features.train])
-        return SuffixTraining(suffix, rows, recipe, set_mode=suffix.train, prepare=self._prepare(depth))
+        return SuffixTraining(suffix, rows_of(features), recipe, set_mode=suffix.train, prepare=self._prepare(depth))
+
+    def heads(self, configs: Sequence[Mapping[str, Any]], patience: int | None = None) -> list[HeadResult]:
+        """Every head of depth 0 at once, in the order of `configs`: each {"lr": ...} with, where it differs, fields of Work
+        such as weight_decay, label_smoothing or class_weights."""
+        features = self.features(0)
+        labels = features.labels[: features.train]
+        recipes = [replace(self.work, **{k: v for k, v in config.items() if k != "lr"}).recipe(config["lr"], labels) for config in configs]
+        self.cuts.reset(self.work.seed)
+        suffix, rows = self.cuts.suffix(0), rows_of(features)
+        found = head_rows(suffix, rows)
+        if found is not None:
+            return train_heads(found, {name: self.model.get_parameter(name) for name in head_names(self.model)}, recipes, patience=patience)
+        results = []
+        for recipe in recipes:
+            self.cuts.reset(recipe.seed)
+            training = SuffixTraining(suffix, rows, recipe, set_mode=suffix.train, prepare=self._prepare(0))
+            results.append(train_alone(training, patience, self.head))
+        return results
 
     def head(self) -> dict[str, np.ndarray[Any, Any]]:
         """The classifier as it is now."""
@@ -115,6 +133,10 @@ class WarmWorker:
                     self.cuts.suffix(depth)(*values)
                 counted[depth] = counter.get_total_flops() // 2
         return {**counted, -1: whole.get_total_flops() // 2}
+
+
+def rows_of(features: Features) -> Rows:
+    return Rows([torch.from_numpy(v) for v in features.values], torch.from_numpy(features.labels), features.train)
 
 
 def put_head(model: nn.Module, head: Head) -> None:
