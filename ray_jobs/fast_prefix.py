@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ray_jobs.cuts import Cuts, Prefix
+from ray_jobs.products import has_onednn
 
 TOLERANCE = 1e-4
 """Largest difference in fp32, relative to the largest value of the cut."""
@@ -72,7 +73,7 @@ def fused(prefix: Prefix, images_BCHW: Tensor) -> fx.GraphModule:
 def _candidates(images_BCHW: Tensor) -> list[Callable[[Prefix], Forward]]:
     if images_BCHW.is_cuda:
         return [folded, lambda prefix: _in_bf16(folded(prefix))]
-    if images_BCHW.dtype == torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if has_onednn(images_BCHW):
         return [folded, lambda prefix: fused(prefix, images_BCHW)]
     return [folded]
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from ray_jobs.cuts import Suffix
+from ray_jobs.products import product
 from ray_jobs.tracing import MODE_DEPENDENT, is_impure
 from ray_jobs.train_loop import EVAL_BATCH, Diverged, EpochResult, Recipe, Rows, SuffixTraining, one_cycle
 
@@ -173,13 +174,13 @@ class _Chunk:
         target_HKB = self._targets(labels_B)
         loss_H = -(target_HKB * logp_HKB).sum((1, 2))
         gradient_HKB = logp_HKB.exp_().mul_(target_HKB.sum(1, keepdim=True)).sub_(target_HKB)
-        weight_grad_HKD = _linear(gradient_HKB.flatten(0, 1), features_BD.t()).view_as(self.weight_HKD)
+        weight_grad_HKD = product(gradient_HKB.flatten(0, 1), features_BD.t()).view_as(self.weight_HKD)
         self._adamw(weight_grad_HKD, gradient_HKB.sum(2))
         return loss_H
 
     def _logits(self, features_BD: Tensor) -> Tensor:
         """logits_HKB: rows last, where softmax over the classes is vectorised."""
-        logits_CB = _linear(self.weight_HKD.flatten(0, 1), features_BD)
+        logits_CB = product(self.weight_HKD.flatten(0, 1), features_BD)
         return logits_CB.view(*self.bias_HK.shape, -1).add_(self.bias_HK.unsqueeze(2))
 
     def _targets(self, labels_B: Tensor) -> Tensor:
@@ -250,14 +251,6 @@ def knn_accuracy(train_ND: Tensor, train_labels: Tensor, val_ND: Tensor, val_lab
         votes_BK = ((nearest_Bk / KNN_TEMPERATURE).exp().unsqueeze(2) * hot_NK[rows_Bk]).sum(1)
         hits += int((votes_BK.argmax(1) == labels_B).sum())
     return hits / len(val_labels)
-
-
-def _linear(input_BD: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tensor:
-    """input @ weight.T + bias. oneDNN's matrix product: on AMD processors MKL's, torch's own choice, has half its speed."""
-    if input_BD.is_cuda or not torch.backends.mkldnn.is_available() or input_BD.dtype != torch.float32:  # type: ignore[no-untyped-call]
-        return nn.functional.linear(input_BD, weight_CD, bias_C)
-    product_BC: Tensor = torch.ops.mkldnn._linear_pointwise(input_BD, weight_CD, bias_C, "none", [], "")
-    return product_BC
 
 
 def _goodness(measured: EpochResult) -> tuple[float, float]:
