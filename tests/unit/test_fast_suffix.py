@@ -97,7 +97,7 @@ def test_a_suffix_sped_up_gives_the_same_logits_gradients_and_statistics(name: s
     assert close(fast_judged, judged)
     assert gradients.keys() == fast_gradients.keys()
     for key, gradient in gradients.items():  # rounding may take a value across a kink of relu6, so not each entry by itself
-        assert float((fast_gradients[key] - gradient).norm()) <= 1e-3 * float(gradient.norm()) + 1e-6, key
+        assert float((fast_gradients[key] - gradient).norm()) <= 1e-3 * float(gradient.norm()) + 1e-5, key
     assert all(close(fast_statistics[key].float(), statistics[key].float()) for key in statistics)
 
 
