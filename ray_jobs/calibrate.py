@@ -9,6 +9,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from ray_jobs.cuts import Cuts
 from ray_jobs.fast_prefix import fast_prefix
 from ray_jobs.fast_suffix import speed_up
 from ray_jobs.features import pixels_of
-from ray_jobs.groups import head_names
+from ray_jobs.groups import head_names, num_groups
 from ray_jobs.heads import head_rows, train_heads
 from ray_jobs.plan import Calibration, DepthCost
 from ray_jobs.preprocessing import normalise
@@ -29,8 +30,8 @@ from ray_jobs.train_loop import OneCycleAdamW, Recipe, Rows
 
 BATCH = 32
 DECODED = 16
-HEADS = 16
-"""Heads trained together for the cost of one."""
+HEADS, STEPS = 32, 16
+"""Heads trained together, and for how long, to know the cost of one."""
 LONG_S = 0.25
 """What takes longer is measured by its first run alone."""
 PROBE_BYTES = 16_000_000
@@ -50,32 +51,28 @@ def calibrate(
     pixels_BHWC = pixels_of(sample, image_size=image_size, max_pixels=max_pixels)
     images_BCHW = torch.from_numpy(normalise(pixels_BHWC, mean, std))
     images_BCHW = images_BCHW.to(next(model.parameters()).device, memory_format=torch.channels_last)
-    num_groups, wanted = _num_groups(model), set(depths)
-    cuts = Cuts(model, sorted({0, num_groups, *wanted}), image_size)
-    costs = _costs(cuts, images_BCHW, sorted({num_groups, *wanted}), pixels_BHWC.nbytes // BATCH)
+    groups = num_groups(model)
+    cuts = Cuts(model, sorted({0, groups, *depths}), image_size)
+    costs = _costs(cuts, images_BCHW, sorted(set(depths)), pixels_BHWC.nbytes // BATCH)
     read, write = _bandwidth(folder)
-    return Calibration(num_groups, costs, decode_s, read, write, time.perf_counter() - started)
+    return Calibration(groups, costs, decode_s, read, write, time.perf_counter() - started)
 
 
-def _num_groups(model: nn.Module) -> int:
-    from ray_jobs.groups import num_groups
-
-    return num_groups(model)
-
-
-def _costs(cuts: Cuts, images_BCHW: Tensor, depths: Sequence[int], pixel_bytes: int) -> dict[int, DepthCost]:
+def _costs(cuts: Cuts, images_BCHW: Tensor, wanted: Sequence[int], pixel_bytes: int) -> dict[int, DepthCost]:
     with torch.inference_mode():
         fast = fast_prefix(cuts, images_BCHW)
         whole_s = _seconds(lambda: fast(images_BCHW)) / BATCH
     with torch.no_grad():
         values = {depth: tuple(value.clone() for value in found) for depth, found in cuts.prefix(images_BCHW).items()}
-    frozen_s = {depth: _frozen(cuts, depth, values[depth]) for depth in {*depths, cuts.num_groups}}
+    depths = sorted({*wanted, cuts.num_groups})
+    measured = [_frozen(cuts, depth, values[depth]) for depth in depths]
+    frozen_s = dict(zip(depths, accumulate(measured, max), strict=True))  # more groups never cost less
+    sizes = {depth: sum(value[0].nbytes for value in values[depth]) for depth in depths} | {cuts.num_groups: pixel_bytes}
     costs = {}
     for depth in depths:
-        share = 1 - frozen_s[depth] / frozen_s[cuts.num_groups]
-        trains_s = 0.0 if depth == cuts.num_groups and depth not in depths else _trained(cuts, depth, values[depth])
-        size = pixel_bytes if depth == cuts.num_groups else sum(value[0].nbytes for value in values[depth])
-        costs[depth] = DepthCost(max(0.0, share) * whole_s, frozen_s[depth], trains_s, size)
+        prefix_s = (1 - frozen_s[depth] / frozen_s[cuts.num_groups]) * whole_s
+        train_s = _trained(cuts, depth, values[depth]) if depth in wanted else 0.0
+        costs[depth] = DepthCost(prefix_s, frozen_s[depth], train_s, sizes[depth])
     cuts.reset(0)
     return costs
 
@@ -90,10 +87,11 @@ def _trained(cuts: Cuts, depth: int, values: Sequence[Tensor]) -> float:
     """Seconds of one image in a training step; at depth 0, of one head among many."""
     suffix = speed_up(cuts.suffix(depth))
     labels_B = torch.arange(BATCH, device=values[0].device) % 2
-    if depth == 0 and (rows := head_rows(suffix, Rows([torch.cat([value, value]) for value in values], labels_B.repeat(2), BATCH))):
+    many = Rows([value.repeat(STEPS + 1, *[1] * (value.ndim - 1)) for value in values], labels_B.repeat(STEPS + 1), STEPS * BATCH)
+    if depth == 0 and (rows := head_rows(suffix, many)):
         head = {name: cuts.model.get_parameter(name).detach() for name in head_names(cuts.model)}
         recipes = [Recipe(1e-3 * (i + 1), 1, BATCH, 0.0, 0.0, None, 0) for i in range(HEADS)]
-        return _seconds(lambda: train_heads(rows, head, recipes)) / BATCH / HEADS
+        return _seconds(lambda: train_heads(rows, head, recipes)) / BATCH / STEPS / HEADS
     optimizer = OneCycleAdamW(list(suffix.parameters()), peak_lr=1e-4, weight_decay=0.0, steps=100)
     suffix.train()
 
@@ -107,16 +105,17 @@ def _trained(cuts: Cuts, depth: int, values: Sequence[Tensor]) -> float:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The shorter of two runs after a first one; of that one alone where it is long."""
-    return min(_once(work)) if (first := _once(work)[0]) < LONG_S else first
+    """The shortest of three runs; of one alone where it is long."""
+    first = _once(work)
+    return first if first > LONG_S else min(_once(work), _once(work))
 
 
-def _once(work: Callable[[], object]) -> list[float]:
+def _once(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return [time.perf_counter() - started]
+    return time.perf_counter() - started
 
 
 def _bandwidth(folder: Path) -> tuple[float, float]:
