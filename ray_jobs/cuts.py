@@ -65,19 +65,24 @@ class Cuts:
         self._level = _levels(model, self._graph, groups)
         self._recipes: dict[int, list[Recipe]] = {}
         self.prefix = self._build_prefix(image_size)
-        self._suffixes: dict[int, Suffix] = {}
+        self._suffixes: dict[tuple[int, int], Suffix] = {}
         self._pristine = _snapshot(model, max(self.depths))
 
     def values(self, depth: int) -> tuple[Value, ...]:
         """What crosses at this depth, for one image: the order of the prefix's outputs and of the suffix's arguments."""
         return tuple(recipe.value for recipe in per_image(self._recipes[depth]))
 
-    def suffix(self, depth: int) -> Suffix:
-        """The suffix of this depth, in eval mode; it also freezes the model to this depth, so use one suffix at a time."""
-        if depth not in self._suffixes:
-            self._suffixes[depth] = self._build_suffix(depth)
+    def suffix(self, depth: int, source: int | None = None) -> Suffix:
+        """The suffix of this depth, in eval mode; it also freezes the model to this depth, so use one suffix at a time.
+
+        `source` is a cut at this depth or a larger one, whose values it takes instead; what lies between stays frozen and in eval mode.
+        """
+        start = depth if source is None else source
+        assert start >= depth, f"the values at depth {start} are computed from those at depth {depth}"
+        if (depth, start) not in self._suffixes:
+            self._suffixes[depth, start] = self._build_suffix(depth, start)
         freeze(self.model, depth)
-        suffix = self._suffixes[depth]
+        suffix = self._suffixes[depth, start]
         suffix.eval()
         return suffix
 
@@ -127,15 +132,15 @@ class Cuts:
             nodes = [graph.call_function(_cloned, (node,)) for node in nodes]
         return {depth: nodes}
 
-    def _build_suffix(self, depth: int) -> Suffix:
-        side, recipes = self._sides[depth], self._recipes[depth]
+    def _build_suffix(self, depth: int, source: int) -> Suffix:
+        side, recipes = self._sides[source], self._recipes[source]
         graph = fx.Graph()
         constants: dict[str, Tensor] = {}
-        inputs = [graph.placeholder(f"v{i}") for i in range(len(self.values(depth)))]
+        inputs = [graph.placeholder(f"v{i}") for i in range(len(self.values(source)))]
         if _mutators(self._graph, side, self.model):  # never write into what the caller keeps for the next epoch
             inputs = [graph.call_function(_cloned, (node,)) for node in inputs]
         rebuilt = rebuild(graph, recipes, inputs, constants)
-        copies = dict(zip(self._crossing[depth], rebuilt, strict=True))
+        copies = dict(zip(self._crossing[source], rebuilt, strict=True))
         for node in self._graph.nodes:
             if node not in side:
                 copies[node] = graph.node_copy(node, copies.__getitem__)

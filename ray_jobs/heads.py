@@ -1,7 +1,7 @@
 """All linear heads of a search at once: one GEMM a step over the cached pre-logits, each head with its own rates. Torch only.
 
 Each head trains exactly as train_loop.SuffixTraining would train it alone under the same seed: same first weights, same order
-of rows, same schedule and optimizer. Shapes: N rows, B rows of a batch, D features, H heads, K classes.
+of rows, same schedule and optimizer. Shapes: N rows, B rows of a batch, D features, H heads, K classes, C = H x K.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from ray_jobs.cuts import Suffix
+from ray_jobs.products import product
 from ray_jobs.tracing import MODE_DEPENDENT, is_impure
 from ray_jobs.train_loop import EVAL_BATCH, Diverged, EpochResult, Recipe, Rows, SuffixTraining, one_cycle
 
-HEADS_A_CHUNK = 32
+HEADS_A_CHUNK = 64
 """Heads trained together: enough for a full GEMM, few enough that weights and moments stay in a core's cache (docs/LOG.md)."""
 KNN_TEMPERATURE = 0.07
 KNN_ROWS = 1024
@@ -169,36 +170,36 @@ class _Chunk:
 
     def _step(self, features_BD: Tensor, labels_B: Tensor) -> Tensor:
         """Forward, the gradient in closed form, and one step of AdamW; gives the loss of each head."""
-        logp_BHK = torch.log_softmax(self._logits(features_BD), -1)
-        target_BHK = self._targets(labels_B)
-        loss_H = -(target_BHK * logp_BHK).sum((0, 2))
-        gradient_BHK = logp_BHK.exp_().mul_(target_BHK.sum(-1, keepdim=True)).sub_(target_BHK)
-        torch.mm(gradient_BHK.flatten(1).t(), features_BD, out=self.weight_grad_HKD.flatten(0, 1))
-        torch.sum(gradient_BHK, 0, out=self.bias_grad_HK)
-        self._adamw()
+        logp_HKB = torch.log_softmax(self._logits(features_BD), 1)
+        target_HKB = self._targets(labels_B)
+        loss_H = -(target_HKB * logp_HKB).sum((1, 2))
+        gradient_HKB = logp_HKB.exp_().mul_(target_HKB.sum(1, keepdim=True)).sub_(target_HKB)
+        weight_grad_HKD = product(gradient_HKB.flatten(0, 1), features_BD.t()).view_as(self.weight_HKD)
+        self._adamw(weight_grad_HKD, gradient_HKB.sum(2))
         return loss_H
 
     def _logits(self, features_BD: Tensor) -> Tensor:
-        heads, classes = self.bias_HK.shape
-        logits_BC = torch.addmm(self.bias_HK.flatten(), features_BD, self.weight_HKD.flatten(0, 1).t())
-        return logits_BC.view(-1, heads, classes)
+        """logits_HKB: rows last, where softmax over the classes is vectorised."""
+        logits_CB = product(self.weight_HKD.flatten(0, 1), features_BD)
+        return logits_CB.view(*self.bias_HK.shape, -1).add_(self.bias_HK.unsqueeze(2))
 
     def _targets(self, labels_B: Tensor) -> Tensor:
         """The weight of each log probability in cross_entropy's mean: smoothed one-hot labels times the class weights."""
-        hot_B1K = nn.functional.one_hot(labels_B, self.bias_HK.shape[1]).unsqueeze(1)
-        shares_BHK = hot_B1K * (1 - self.smoothing_H1) + self.smoothing_H1 / self.bias_HK.shape[1]
-        own_BH = self.class_weights_HK.t()[labels_B]
+        hot_KB = nn.functional.one_hot(labels_B, self.bias_HK.shape[1]).t()
+        shares_HKB = hot_KB * (1 - self.smoothing_H11) + self.smoothing_H11 / len(hot_KB)
         # cross_entropy weighs a smoothed class by its own weight, and divides by the sum of the labels' weights
-        return shares_BHK * self.class_weights_HK / own_BH.sum(0)[:, None]
+        sums_H = self.class_weights_HK[:, labels_B].sum(1)
+        return shares_HKB.mul_((self.class_weights_HK / sums_H[:, None]).unsqueeze(2))
 
-    def _adamw(self) -> None:
+    def _adamw(self, weight_grad_HKD: Tensor, bias_grad_HK: Tensor) -> None:
         """torch's own fused kernel, head by head, as their rates differ; a head's state is small enough for the cache."""
         shape, beta1 = one_cycle(int(self.counts), self.steps, 1.0)
         self.counts += 1
-        for result, (tensors, gradients, first, second) in zip(self.results, self.parts, strict=True):
+        gradients = zip(weight_grad_HKD.unbind(), bias_grad_HK.unbind(), strict=True)
+        for result, (tensors, first, second), gradient in zip(self.results, self.parts, gradients, strict=True):
             torch._fused_adamw_(
-                tensors, gradients, first, second, [], [self.counts] * len(tensors), lr=result.recipe.lr * shape, beta1=beta1,
-                beta2=0.999, weight_decay=result.recipe.weight_decay, eps=1e-8, amsgrad=False, maximize=False,
+                tensors, gradient[: len(tensors)], first, second, [], [self.counts] * len(tensors), lr=result.recipe.lr * shape,
+                beta1=beta1, beta2=0.999, weight_decay=result.recipe.weight_decay, eps=1e-8, amsgrad=False, maximize=False,
             )  # fmt: skip
 
     def _judge(self) -> tuple[Tensor, Tensor]:
@@ -208,10 +209,9 @@ class _Chunk:
             torch.split(rows.features_ND[rows.train :], EVAL_BATCH), torch.split(rows.labels_N[rows.train :], EVAL_BATCH), strict=True
         )
         for features_BD, labels_B in val:
-            logits_BHK = self._logits(features_BD)
-            label_BHK = labels_B[:, None, None].expand(-1, logits_BHK.shape[1], 1)
-            loss_H -= torch.log_softmax(logits_BHK, -1).gather(2, label_BHK).sum((0, 2))
-            hits_H += (logits_BHK.argmax(-1) == labels_B[:, None]).sum(0)
+            logits_HKB = self._logits(features_BD)
+            loss_H -= torch.log_softmax(logits_HKB, 1).gather(1, labels_B.expand(len(logits_HKB), 1, -1)).sum((1, 2))
+            hits_H += (logits_HKB.argmax(1) == labels_B).sum(1)
         return loss_H / (len(rows.labels_N) - rows.train), hits_H
 
     def _head(self, index: int) -> dict[str, NDArray[Any]]:
@@ -226,15 +226,14 @@ class _Chunk:
             self._settle()
 
     def _settle(self) -> None:
-        """What follows from the heads that are left: gradients, constants, and each head's own parts."""
+        """What follows from the heads that are left: constants, and each head's own parts."""
         like = self.bias_HK
-        self.weight_grad_HKD, self.bias_grad_HK = torch.empty_like(self.weight_HKD), torch.empty_like(self.bias_HK)
         recipes = [result.recipe for result in self.results]
-        self.smoothing_H1 = like.new_tensor([recipe.label_smoothing for recipe in recipes])[:, None]
+        self.smoothing_H11 = like.new_tensor([recipe.label_smoothing for recipe in recipes])[:, None, None]
         self.class_weights_HK = like.new_tensor([recipe.class_weights or (1.0,) * like.shape[1] for recipe in recipes]).view(
             len(recipes), like.shape[1]
         )
-        stacks = ((self.weight_HKD, self.bias_HK), (self.weight_grad_HKD, self.bias_grad_HK), *self.moments)
+        stacks = ((self.weight_HKD, self.bias_HK), *self.moments)
         self.parts = [[[tensor[index] for tensor in stack[: len(self.names)]] for stack in stacks] for index in range(len(recipes))]
 
 

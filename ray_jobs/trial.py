@@ -19,6 +19,7 @@ from infra.committed_folder import fetch
 from infra.object_store import ObjectStore
 from ray_jobs import backbone
 from ray_jobs.cuts import Cuts
+from ray_jobs.fast_suffix import speed_up
 from ray_jobs.feature_cache import Features, open_features
 from ray_jobs.groups import head_names
 from ray_jobs.heads import HeadResult, head_rows, knn_accuracy, train_alone, train_heads
@@ -83,7 +84,7 @@ class WarmWorker:
         depth = config.unfreeze_depth
         features = self.features(depth)
         self.cuts.reset(self.work.seed)
-        suffix = self.cuts.suffix(depth)
+        suffix = speed_up(self.cuts.suffix(depth))
         if head is not None:
             put_head(self.model, head)
         recipe = self.work.recipe(config, features.labels[: features.train])

@@ -121,6 +121,37 @@ def test_training_on_cached_values_equals_training_the_whole_model_with_its_fron
         torch.testing.assert_close(split.state_dict()[key], tensor, rtol=1e-4, atol=1e-5, msg=key)
 
 
+@pytest.mark.parametrize(("name", "depth", "source"), [
+    ("tf_efficientnet_lite0", 1, 3), ("tf_efficientnet_lite0", 0, 8), ("resnet10t", 1, 2), ("vit_tiny_patch16_224", 2, 5),
+    ("convnext_atto", 0, 2),
+])  # fmt: skip
+def test_a_suffix_from_a_farther_cut_trains_the_same_and_leaves_what_lies_between_alone(name: str, depth: int, source: int) -> None:
+    model = backbone(name, drop_path_rate=0.2)
+    cuts = Cuts(model, [depth, source], SIZE)
+    with torch.no_grad():
+        values = {key: tuple(value.clone() for value in found) for key, found in cuts.prefix(images(4)).items()}
+    start = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    results = []
+    for origin in (depth, source):
+        model.load_state_dict(start)
+        suffix = cuts.suffix(depth, origin).train()
+        torch.manual_seed(5)
+        logits_NK = suffix(*values[origin])
+        nn.functional.cross_entropy(logits_NK, torch.arange(4) % 5).backward()
+        gradients = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
+        model.zero_grad()
+        results.append((logits_NK, gradients, {key: tensor.clone() for key, tensor in model.state_dict().items()}))
+    (near, near_gradients, near_state), (far, far_gradients, far_state) = results
+    torch.testing.assert_close(far, near, rtol=0, atol=0)
+    assert near_gradients.keys() == far_gradients.keys() == trainable_names(model, depth)
+    for key, gradient in near_gradients.items():
+        torch.testing.assert_close(far_gradients[key], gradient, rtol=0, atol=0, msg=key)
+    for key, tensor in near_state.items():
+        assert torch.equal(far_state[key], tensor), key
+    moved = {key for key, tensor in far_state.items() if not torch.equal(tensor, start[key])}
+    assert moved == trainable_statistics(model, depth)
+
+
 def frozen_drop_paths(model: nn.Module) -> list[nn.Module]:
     around = {name: model.get_submodule(name.rpartition(".")[0]) for name, module in model.named_modules() if isinstance(module, DropPath)}
     return [model.get_submodule(name) for name, block in around.items() if not any(p.requires_grad for p in block.parameters())]

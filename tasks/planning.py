@@ -1,0 +1,23 @@
+"""The step that measures the machine for a moment and plans the search: what to keep of the prefix, and how long it will take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from infra import progress, ray_cluster
+from ray_jobs.spec import Spec
+from tasks.policies import step
+
+
+def _key(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any]) -> list[Any]:
+    counts = [dataset["train"], dataset["val"]]
+    return [spec.storage, spec.search.model_dump(mode="json"), dataset["version"], counts, backbone["digest"], spec.data.image_size]
+
+
+@step(name="plan search", key=_key, timeout_s=3600)
+def plan_search(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any]) -> dict[str, Any]:
+    """The cuts to materialise, where each depth starts from, and the estimate of time and memory."""
+    from ray_jobs import plan_on_ray
+
+    with progress.step("Planning the search"), ray_cluster.connect():
+        return plan_on_ray.plan_search(spec, dataset, backbone)
