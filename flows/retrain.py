@@ -15,11 +15,12 @@ from tasks.datasets import prepare_data
 from tasks.evaluation import evaluate
 from tasks.features import cache_features
 from tasks.outcome import judged, retrain_outcome, skipped
+from tasks.planning import plan_search
 from tasks.promotion import find_champion, promote
 from tasks.publishing import find_finished, publish, remember
 from tasks.registration import register_model
 from tasks.report_content import example_image, record_evaluation, render_report
-from tasks.search import record_search, run_search
+from tasks.search import past_points, record_search, run_search
 from tasks.training import fit_winner
 
 
@@ -32,8 +33,9 @@ def retrain(spec: Spec) -> dict[str, Any]:
     finished = find_finished(spec, dataset, backbone)
     if finished:
         return skipped(finished, flow_run.get_id(), time.monotonic() - started)
-    features = cache_features(spec, dataset, backbone)
-    search = run_search(spec, dataset, backbone, features)
+    plan = plan_search(spec, dataset, backbone)
+    features = cache_features(spec, dataset, backbone, plan)
+    search = run_search(spec, dataset, backbone, features, plan, past_points(spec, dataset, backbone))
     record_search(spec, dataset, backbone, search)
     fit = fit_winner(spec, dataset, backbone, search)
     champion = find_champion(spec)

@@ -23,6 +23,8 @@ LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 CHECK_ALIVE = "Check that the Ray cluster is up, and RAY_ADDRESS, RAY_AUTH_MODE and RAY_AUTH_TOKEN; the same command carries on."
 ROOT = Path(__file__).parents[1]
 _keeps_open: ContextVar[bool] = ContextVar("keeps_open", default=False)
+KEEP_BYTES = str(1024**3)
+"""glibc hands large freed blocks back to the system at once, and torch asks for the same again a moment later: see docs/LOG.md."""
 FOR_WORKERS = ("AWS_", "UNFREEZE_CACHE_DIR", "RAY_USAGE_STATS_ENABLED", "NO_PROXY", "no_proxy")
 
 
@@ -89,6 +91,7 @@ def one_connection() -> Iterator[None]:
 def runtime_environment(address: str) -> dict[str, Any]:
     """What every worker gets: the way to S3, the cache, and, on machines other than this one, our code."""
     variables = {name: value for name, value in os.environ.items() if name.startswith(FOR_WORKERS) and name != "AWS_CA_BUNDLE"}
+    variables |= {"MALLOC_MMAP_THRESHOLD_": KEEP_BYTES, "MALLOC_TRIM_THRESHOLD_": KEEP_BYTES}
     if address.rpartition(":")[0] in LOOPBACK:
         return {"env_vars": {**variables, "UNFREEZE_CACHE_DIR": str(cache_dir())}}
     return {"env_vars": variables, "py_modules": [str(ROOT / "ray_jobs"), str(ROOT / "infra")]}

@@ -121,6 +121,17 @@ def write_children(experiment: str, parent_run_id: str, records: Sequence[RunRec
             list(pool.map(lambda record: _write(experiment, record, parent=parent_run_id), missing))
 
 
+def past_trials(experiment_name: str, backbone: str) -> Iterator[tuple[dict[str, str], dict[str, float]]]:
+    """Parameters and last metrics of every finished trial of an experiment with this backbone, newest first."""
+    with translated():
+        found = client().get_experiment_by_name(experiment_name)
+        if found is None:
+            return
+        query = f"tags.`unfreeze.kind` = 'trial' and params.backbone = '{backbone}' and attributes.status = 'FINISHED'"
+        for run in _search(str(found.experiment_id), query):
+            yield run.data.params, run.data.metrics
+
+
 def _keep_finished(experiment: str, query: str) -> dict[str, str]:
     """Run ids by identity of the ended runs that match; half-written ones are deleted."""
     kept: dict[str, str] = {}

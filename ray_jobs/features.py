@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ray_jobs import augment
 from ray_jobs.cuts import Cuts
+from ray_jobs.fast_prefix import Forward, Values, fast_prefix
 from ray_jobs.images import shrink
 from ray_jobs.preprocessing import decode, normalise, to_square
 from ray_jobs.spec import Augmentation
@@ -44,21 +46,37 @@ def views_of(
     return out
 
 
+class FrozenPrefix:
+    """The shared pass over the images: every cut of a model at once, computed in the fastest way found on the first full batch."""
+
+    def __init__(self, cuts: Cuts) -> None:
+        self.cuts = cuts
+        self._forward: Forward | None = None
+
+    def __call__(self, images_BCHW: Tensor) -> Values:
+        if self._forward is None:
+            if len(images_BCHW) < BATCH:  # too few for a trial to pay
+                few: Values = self.cuts.prefix(images_BCHW)
+                return few
+            self._forward = fast_prefix(self.cuts, images_BCHW)
+        return self._forward(images_BCHW)
+
+
 @torch.inference_mode()
 def features_of(
-    cuts: Cuts | None, pixels_NHWC: NDArray[np.uint8], *, depths: Sequence[int], mean: Sequence[float], std: Sequence[float],
+    prefix: FrozenPrefix | None, pixels_NHWC: NDArray[np.uint8], *, depths: Sequence[int], mean: Sequence[float], std: Sequence[float],
 ) -> Mapping[int, list[NDArray[Any]]]:  # fmt: skip
-    """The values of each depth, a row an image: those that `cuts` was made for, and for any other depth the input itself, as pixels."""
-    tapped = cuts.depths if cuts else ()
+    """The values of each depth, a row an image: those that `prefix` taps, and for any other depth the input itself, as pixels."""
+    tapped = prefix.cuts.depths if prefix else ()
     out: dict[int, list[NDArray[Any]]] = {depth: [pixels_NHWC] for depth in depths if depth not in tapped}
-    if cuts is None:
+    if prefix is None:
         return out
-    like = next(cuts.model.parameters())
+    like = next(prefix.cuts.model.parameters())
     parts: dict[int, list[tuple[torch.Tensor, ...]]] = {depth: [] for depth in tapped}
     for start in range(0, len(pixels_NHWC), BATCH):
         images_BCHW = torch.from_numpy(normalise(pixels_NHWC[start : start + BATCH], mean, std))
         images_BCHW = images_BCHW.to(like.device, like.dtype, memory_format=torch.channels_last)
-        for depth, values in cuts.prefix(images_BCHW).items():
+        for depth, values in prefix(images_BCHW).items():
             parts[depth].append(tuple(values))
     for depth in tapped:
         out[depth] = [torch.cat(value).contiguous().cpu().numpy() for value in zip(*parts[depth], strict=True)]

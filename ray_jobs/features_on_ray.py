@@ -39,7 +39,7 @@ from ray_jobs.spec import Augmentation, Spec, digest_of
 
 if TYPE_CHECKING:
     from infra.progress import OnProgress  # it loads rich, which workers do without
-    from ray_jobs.cuts import Cuts
+    from ray_jobs.features import FrozenPrefix
 
 ROWS_A_TASK, MIN_ROWS_A_TASK = 256, 16
 ATTEMPTS = 4
@@ -253,20 +253,22 @@ def _compute_rows(job: _Job, number: int, targets: Sequence[tuple[Cell, str]], r
     parts: dict[Cell, list[Part]] = {}
     for view in views:
         uris = {cell.depth: (cell, uri) for cell, uri in targets if cell.view == view}
-        cuts = _cuts(job.backbone_uri, tuple(depth for depth in uris if depth < job.num_groups), transform.image_size)
-        found = features_of(cuts, pixels.pop(view), depths=list(uris), mean=transform.mean, std=transform.std)
+        seen_NHWC = pixels.pop(view)
+        prefix = _prefix(job.backbone_uri, tuple(depth for depth in uris if depth < job.num_groups), transform.image_size)
+        found = features_of(prefix, seen_NHWC, depths=list(uris), mean=transform.mean, std=transform.std)
         for depth, (cell, uri) in uris.items():
             parts[cell] = write_shards(store, uri, number, found[depth], job.dtype)
     return parts
 
 
 @functools.lru_cache(maxsize=2)
-def _cuts(backbone_uri: str, depths: Sequence[int], image_size: int) -> Cuts | None:
+def _prefix(backbone_uri: str, depths: Sequence[int], image_size: int) -> FrozenPrefix | None:
     """The traced model, kept by the worker from one task to the next."""
     import torch
 
     from ray_jobs import backbone
     from ray_jobs.cuts import Cuts
+    from ray_jobs.features import FrozenPrefix
 
     if not depths:
         return None
@@ -274,4 +276,4 @@ def _cuts(backbone_uri: str, depths: Sequence[int], image_size: int) -> Cuts | N
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # any number of classes will do: the classifier is in no prefix
     model = backbone.load(folder, num_classes=2, seed=0).to(device).to(memory_format=torch.channels_last)
-    return Cuts(model, depths, image_size)
+    return FrozenPrefix(Cuts(model, depths, image_size))

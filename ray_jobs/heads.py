@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from ray_jobs.cuts import Suffix
 from ray_jobs.products import product
 from ray_jobs.tracing import MODE_DEPENDENT, is_impure
-from ray_jobs.train_loop import EVAL_BATCH, Diverged, EpochResult, Recipe, Rows, SuffixTraining, one_cycle
+from ray_jobs.train_loop import EVAL_BATCH, Diverged, EpochResult, Prepare, Recipe, Rows, SuffixTraining, draw_views, one_cycle
 
 HEADS_A_CHUNK = 64
 """Heads trained together: enough for a full GEMM, few enough that weights and moments stay in a core's cache (docs/LOG.md)."""
@@ -31,12 +31,13 @@ KNN_ROWS = 1024
 
 @dataclass(frozen=True)
 class HeadRows:
-    """The classifier's input for every row (the first `train` of them train, the rest judge), and dropout's share before it."""
+    """The classifier's input for every stored row, as Rows has them, and dropout's share before it."""
 
     features_ND: Tensor  # noqa: N815
     labels_N: Tensor  # noqa: N815
     train: int
     dropout: float = 0.0
+    views: int = 1
 
 
 @dataclass
@@ -71,19 +72,19 @@ class HeadResult:
             self.status, self.reason = "stopped", f"no epoch better than the {self.best_epoch}. since"
 
 
-def head_rows(suffix: Suffix, rows: Rows) -> HeadRows | None:
+def head_rows(suffix: Suffix, rows: Rows, prepare: Prepare = tuple) -> HeadRows | None:
     """What the classifier sees of each row; None where it is not one linear layer on [B, D] at the very end of a depth-0 suffix."""
     found = _classifier(suffix)
     if found is None:
         return None
     before, dropout = found
-    device = next(suffix.parameters()).device
+    device, dtype = next(suffix.parameters()).device, next(suffix.parameters()).dtype
     with torch.no_grad():
-        parts = [before(*(value[i : i + EVAL_BATCH].to(device) for value in rows.values)) for i in range(0, len(rows.labels_N), EVAL_BATCH)]
+        parts = [before(*prepare(rows.batch(stored_B, device, dtype))) for stored_B in torch.split(torch.arange(rows.stored), EVAL_BATCH)]
     features_ND = torch.cat(parts)
     if features_ND.ndim != 2:
         return None
-    return HeadRows(features_ND, rows.labels_N.to(device), rows.train, dropout)
+    return HeadRows(features_ND, rows.labels_N.to(device), rows.train, dropout, rows.views)
 
 
 def train_heads(
@@ -159,8 +160,9 @@ class _Chunk:
 
     def _train(self, order: torch.Generator) -> Tensor:
         rows, total_H = self.rows, torch.zeros(len(self.results), device=self.counts.device)
-        order_N = torch.randperm(rows.train, generator=order).to(self.counts.device)
-        features_ND, labels_N = rows.features_ND[order_N], rows.labels_N[order_N]
+        order_N = torch.randperm(rows.train, generator=order)
+        drawn_N = draw_views(order_N, rows.views, rows.train, len(rows.labels_N), order)
+        features_ND, labels_N = rows.features_ND[drawn_N.to(self.counts.device)], rows.labels_N[order_N.to(self.counts.device)]
         for features_BD, labels_B in zip(
             torch.split(features_ND, self.recipe.batch_size), torch.split(labels_N, self.recipe.batch_size), strict=True
         ):
@@ -205,10 +207,10 @@ class _Chunk:
     def _judge(self) -> tuple[Tensor, Tensor]:
         rows, device = self.rows, self.counts.device
         loss_H, hits_H = torch.zeros(len(self.results), device=device), torch.zeros(len(self.results), dtype=torch.long, device=device)
-        val = zip(
-            torch.split(rows.features_ND[rows.train :], EVAL_BATCH), torch.split(rows.labels_N[rows.train :], EVAL_BATCH), strict=True
-        )
-        for features_BD, labels_B in val:
+        val = slice(rows.train, len(rows.labels_N))
+        for features_BD, labels_B in zip(
+            torch.split(rows.features_ND[val], EVAL_BATCH), torch.split(rows.labels_N[val], EVAL_BATCH), strict=True
+        ):
             logits_HKB = self._logits(features_BD)
             loss_H -= torch.log_softmax(logits_HKB, 1).gather(1, labels_B.expand(len(logits_HKB), 1, -1)).sum((1, 2))
             hits_H += (logits_HKB.argmax(1) == labels_B).sum(1)
@@ -230,9 +232,8 @@ class _Chunk:
         like = self.bias_HK
         recipes = [result.recipe for result in self.results]
         self.smoothing_H11 = like.new_tensor([recipe.label_smoothing for recipe in recipes])[:, None, None]
-        self.class_weights_HK = like.new_tensor([recipe.class_weights or (1.0,) * like.shape[1] for recipe in recipes]).view(
-            len(recipes), like.shape[1]
-        )
+        plain_K = (1.0,) * like.shape[1]
+        self.class_weights_HK = like.new_tensor([recipe.class_weights or plain_K for recipe in recipes]).view(-1, len(plain_K))
         stacks = ((self.weight_HKD, self.bias_HK), *self.moments)
         self.parts = [[[tensor[index] for tensor in stack[: len(self.names)]] for stack in stacks] for index in range(len(recipes))]
 

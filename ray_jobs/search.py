@@ -78,6 +78,7 @@ def search_id(spec: Spec, *, backbone_digest: str, dataset_version: str, warm: S
     """The key of a search's results: equal for equal work, wherever it ran."""
     return digest_of({
         "search": spec.search.model_dump(mode="json"), "image_size": spec.data.image_size, "backbone": backbone_digest,
+        "augmentation": spec.fit.augmentation if spec.search.views > 1 else None,
         "dataset": dataset_version, "warm": [asdict(config) for config in warm], "code": SEARCH_CODE_VERSION,
     })  # fmt: skip
 

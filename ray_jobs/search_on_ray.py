@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -58,11 +58,12 @@ QUIET = {
 
 def run_search(
     spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], features: dict[str, str], on_progress: OnProgress,
-    *, warm: Sequence[TrialConfig] = (),
+    *, sources: Mapping[str, int] | None = None, warm: Sequence[TrialConfig] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Run the search, carry on with one that was interrupted, or give the stored result of an equal one.
 
-    `warm` are points of past searches worth trying again. Raises UserError where every trial failed.
+    `features` are URIs by cut, `sources` the cut from which each depth starts (by default its own), `warm` points of past searches
+    worth trying again. Raises UserError where every trial failed.
     """
     store = object_store()
     found_id = search_id(spec, backbone_digest=backbone["digest"], dataset_version=dataset["version"], warm=warm)
@@ -71,7 +72,7 @@ def run_search(
     if read_manifest(store, uri):
         journal.delete()  # what a crash after the commit left
         return dict(json.loads(store.read(join_uri(uri, RESULT))))
-    running = _Running(spec, work_of(spec, dataset, backbone, features), dataset["val"], journal, warm)
+    running = _Running(spec, work_of(spec, dataset, backbone, features, sources or {}), dataset["val"], journal, warm)
     probe = running.run(on_progress)
     result = _result(spec, dataset, running, probe) | {
         "search_id": found_id, "uri": uri, "leaderboard_uri": join_uri(uri, "leaderboard.parquet"),
@@ -195,7 +196,7 @@ def _result(spec: Spec, dataset: dict[str, Any], running: _Running, probe: dict[
     }  # fmt: skip
 
 
-def work_of(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], features: dict[str, str]) -> Work:
+def work_of(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], features: Mapping[str, str], sources: Mapping[str, int]) -> Work:
     """What all trials share, from the results of the steps before."""
     import_timm()
     from ray_jobs.trial import Work
@@ -204,7 +205,8 @@ def work_of(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], featu
     return Work(
         backbone_uri=backbone["uri"], mean=tuple(backbone["mean"]), std=tuple(backbone["std"]), image_size=spec.data.image_size,
         num_classes=len(dataset["classes"]), num_groups=num_groups_of(backbone),
-        features=tuple(sorted((int(depth), uri) for depth, uri in features.items())), max_epochs=search.max_epochs,
+        features=tuple(sorted((int(depth), uri) for depth, uri in features.items())),
+        sources=tuple(sorted((int(depth), cut) for depth, cut in sources.items())), max_epochs=search.max_epochs,
         class_weights=search.class_weights, seed=search.seed,
     )  # fmt: skip
 

@@ -62,6 +62,30 @@ class Rows:
     train: int
     views: int = 1
 
+    @property
+    def stored(self) -> int:
+        """How many rows are stored, all views together."""
+        return len(self.labels_N) + (self.views - 1) * self.train
+
+    def batch(self, stored_B: Tensor, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        """The values of some stored rows. 16-bit floats are how features are stored, not how they are computed with."""
+        values = [value.index_select(0, stored_B).to(device, non_blocking=True) for value in self.values]
+        return [value.to(dtype) if value.dtype in (torch.float16, torch.bfloat16) else value for value in values]
+
+
+Prepare = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+def draw_views(rows_N: Tensor, views: int, train: int, judged: int, generator: torch.Generator) -> Tensor:
+    """For each train row the stored row of one of its views, drawn anew; nothing is drawn where there is but one.
+
+    `judged` is the number of train and val rows together, behind which the further views lie.
+    """
+    if views == 1:
+        return rows_N
+    view_N = torch.randint(views, rows_N.shape, generator=generator)
+    return torch.where(view_N > 0, rows_N + judged + (view_N - 1) * train, rows_N)
+
 
 def class_weights(counts: Sequence[int], mode: str) -> list[float] | None:
     """Loss weights that lift rare classes, mean 1, or None where the classes are balanced enough (or mode is none).
@@ -130,7 +154,7 @@ class SuffixTraining:
 
     def __init__(
         self, module: nn.Module, rows: Rows, recipe: Recipe, *, set_mode: Callable[[bool], object],
-        prepare: Callable[[Sequence[Tensor]], Sequence[Tensor]] = tuple,
+        prepare: Prepare = tuple,
     ) -> None:  # fmt: skip
         self.module, self.rows, self.recipe, self.set_mode, self.prepare = module, rows, recipe, set_mode, prepare
         self.parameters = [p for p in module.parameters() if p.requires_grad]
@@ -158,7 +182,7 @@ class SuffixTraining:
         self.set_mode(True)
         order_N = torch.randperm(self.rows.train, generator=self.order)
         total = torch.zeros((), device=self.device)
-        drawn_N = self._draw_views(order_N)
+        drawn_N = draw_views(order_N, self.rows.views, self.rows.train, len(self.rows.labels_N), self.order)
         size = self.recipe.batch_size
         for rows_B, drawn_B in zip(torch.split(order_N, size), torch.split(drawn_N, size), strict=True):
             logits_BK, labels_B = self._forward(rows_B, drawn_B)
@@ -179,23 +203,11 @@ class SuffixTraining:
             hits += (logits_BK.argmax(1) == labels_B).sum()
         return self._finite(float(loss) / len(val_N)), int(hits) / len(val_N)
 
-    def _draw_views(self, rows_N: Tensor) -> Tensor:
-        """For each train row the stored row of one of its views, drawn anew; nothing is drawn where there is but one."""
-        if self.rows.views == 1:
-            return rows_N
-        view_N = torch.randint(self.rows.views, rows_N.shape, generator=self.order)
-        val = len(self.rows.labels_N) - self.rows.train
-        return torch.where(view_N > 0, rows_N + val + view_N * self.rows.train, rows_N)
-
     def _forward(self, rows_B: Tensor, drawn_B: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the stored rows `drawn_B`, which are views of `rows_B`, and their labels."""
-        values = [self._widened(value.index_select(0, drawn_B).to(self.device, non_blocking=True)) for value in self.rows.values]
+        values = self.rows.batch(drawn_B, self.device, self.parameters[0].dtype)
         labels_B = self.rows.labels_N.index_select(0, rows_B).to(self.device, non_blocking=True)
         return self.module(*self.prepare(values)), labels_B
-
-    def _widened(self, value: Tensor) -> Tensor:
-        """16-bit floats are how features are stored, not how they are computed with."""
-        return value.to(self.parameters[0].dtype) if value.dtype in (torch.float16, torch.bfloat16) else value
 
     def _finite(self, loss: float) -> float:
         if not math.isfinite(loss):

@@ -22,7 +22,7 @@ from ray_jobs.cuts import Cuts
 from ray_jobs.fast_suffix import speed_up
 from ray_jobs.feature_cache import Features, open_features
 from ray_jobs.groups import head_names
-from ray_jobs.heads import HeadResult, head_rows, knn_accuracy, train_alone, train_heads
+from ray_jobs.heads import HeadResult, HeadRows, head_rows, knn_accuracy, train_alone, train_heads
 from ray_jobs.search_space import TrialConfig
 from ray_jobs.train_loop import Recipe, Rows, SuffixTraining, class_weights
 
@@ -41,6 +41,8 @@ class Work:
     num_classes: int
     num_groups: int
     features: tuple[tuple[int, str], ...]
+    sources: tuple[tuple[int, int], ...]
+    """(depth, the cut it starts from): its own, or a materialised one at a larger depth."""
     max_epochs: int
     class_weights: str
     seed: int
@@ -67,8 +69,12 @@ class WarmWorker:
         folder = fetch(store, work.backbone_uri, cache_folder / "backbones")
         self.model = backbone.load(folder, num_classes=work.num_classes, seed=work.seed).to(self.device)
         self.model.to(memory_format=torch.channels_last)
-        self.cuts = Cuts(self.model, sorted(work.feature_uris), work.image_size)
+        self.cuts = Cuts(self.model, sorted({*work.feature_uris, *dict(work.sources)}), work.image_size)
         self._features: dict[int, Features] = {}
+
+    def source(self, depth: int) -> int:
+        """The cut from whose values a trial of this depth starts."""
+        return dict(self.work.sources).get(depth, depth)
 
     def features(self, depth: int) -> Features:
         if depth not in self._features:
@@ -82,37 +88,35 @@ class WarmWorker:
         (LP-FT: Kumar et al. 2022, arXiv:2202.10054).
         """
         depth = config.unfreeze_depth
-        features = self.features(depth)
+        source = self.source(depth)
+        features = self.features(source)
         self.cuts.reset(self.work.seed)
-        suffix = speed_up(self.cuts.suffix(depth))
+        suffix = speed_up(self.cuts.suffix(depth, source))
         if head is not None:
             put_head(self.model, head)
         recipe = self.work.recipe(config, features.labels[: features.train])
-        return SuffixTraining(suffix, rows_of(features), recipe, set_mode=suffix.train, prepare=self._prepare(depth))
+        return SuffixTraining(suffix, rows_of(features), recipe, set_mode=suffix.train, prepare=self._prepare(source))
 
     def heads(self, configs: Sequence[TrialConfig], patience: int | None = None) -> list[HeadResult]:
         """Every head of depth 0 at once, in the order of `configs`."""
-        features = self.features(0)
-        labels = features.labels[: features.train]
-        recipes = [self.work.recipe(config, labels) for config in configs]
+        labels = self.features(self.source(0)).labels
+        recipes = [self.work.recipe(config, labels[: self.features(self.source(0)).train]) for config in configs]
         self.cuts.reset(self.work.seed)
-        suffix, rows = self.cuts.suffix(0), rows_of(features)
-        found = head_rows(suffix, rows)
+        found = self._head_rows()
         if found is not None:
             return train_heads(found, {name: self.model.get_parameter(name) for name in head_names(self.model)}, recipes, patience=patience)
-        results = []
-        for recipe in recipes:
-            self.cuts.reset(recipe.seed)
-            training = SuffixTraining(suffix, rows, recipe, set_mode=suffix.train, prepare=self._prepare(0))
-            results.append(train_alone(training, patience, self.head))
-        return results
+        return [train_alone(self.start(config, None), patience, self.head) for config in configs]
+
+    def _head_rows(self) -> HeadRows | None:
+        source = self.source(0)
+        return head_rows(self.cuts.suffix(0, source), rows_of(self.features(source)), self._prepare(source))
 
     def knn_accuracy(self) -> float | None:
         """Of the features themselves, before any training; None where the classifier does not see plain vectors."""
-        found = head_rows(self.cuts.suffix(0), rows_of(self.features(0)))
+        found = self._head_rows()
         if found is None:
             return None
-        features_ND, labels_N, train = found.features_ND, found.labels_N, found.train
+        features_ND, labels_N, train = found.features_ND[: len(found.labels_N)], found.labels_N, found.train
         return knn_accuracy(features_ND[:train], labels_N[:train], features_ND[train:], labels_N[train:])
 
     def head(self) -> dict[str, np.ndarray[Any, Any]]:

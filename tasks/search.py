@@ -3,28 +3,79 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from infra import progress, ray_cluster, tracking
 from infra.tracking import Metric, RunRecord
-from ray_jobs.spec import Spec
+from ray_jobs.search_space import TrialConfig, dimensions, warm_places
+from ray_jobs.spec import Range, Spec
 from tasks.policies import effect, step
 
 FAILED = {"diverged", "out_of_memory", "failed"}
 
 
-def _key(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], features: dict[str, Any]) -> list[Any]:
-    return [spec.storage, spec.search.model_dump(mode="json"), dataset["version"], backbone["digest"], features["features"]]
+Values = dict[str, Any]
+
+
+def _key(spec: Spec, dataset: Values, backbone: Values, features: Values, plan: Values, warm: list[Values]) -> list[Any]:
+    search = spec.search.model_dump(mode="json")
+    return [spec.storage, search, spec.fit.augmentation, dataset["version"], backbone["digest"], warm]
 
 
 @step(name="search", key=_key, timeout_s=48 * 3600)
-def run_search(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], features: dict[str, Any]) -> dict[str, Any]:
+def run_search(spec: Spec, dataset: Values, backbone: Values, features: Values, plan: Values, warm: list[Values]) -> Values:
     """The best unfreeze depth and learning rate, the best probe, and every trial."""
     from ray_jobs import search_on_ray
 
+    again = [TrialConfig(**point) for point in warm]
     with progress.step("Searching depth and learning rate") as on_progress, ray_cluster.connect():
-        found: dict[str, Any] = search_on_ray.run_search(spec, dataset, backbone, features["features"], on_progress)
-    return {**found, "cost": {**found["cost"], "prefix_s": features["seconds"]}}
+        found: Values = search_on_ray.run_search(
+            spec, dataset, backbone, features["features"], on_progress, sources=plan["source"], warm=again
+        )
+    cost = {"estimated_s": plan["estimated_s"], "prefix_s": features["seconds"], "measured_s": features["seconds"] + found["seconds"]}
+    return {**found, "cost": {**found["cost"], **cost}, "plan": {key: plan[key] for key in PLANNED}}
+
+
+PLANNED = ("materialise", "source", "estimated_s", "prefix_s", "trials_s", "memory_bytes", "workers", "expected_epochs")
+
+
+def _warm_key(spec: Spec, dataset: Values, backbone: Values) -> list[Any]:
+    return [spec.name, spec.storage, spec.search.model_dump(mode="json"), dataset["version"], backbone["digest"]]
+
+
+@step(name="look up past searches", key=_warm_key, timeout_s=600)
+def past_points(spec: Spec, dataset: Values, backbone: Values) -> list[Values]:
+    """The best points of this model's past searches of the same backbone, best first; none unless the spec asks for a warm start.
+
+    A step, so that a search that is taken up again starts from the same points, whatever has ended meanwhile.
+    """
+    if not spec.search.warm_start:
+        return []
+    wanted = dimensions(spec.search)
+    points: dict[TrialConfig, float] = {}
+    for params, metrics in tracking.past_trials(spec.name, backbone["name"]):
+        point = _point(params, wanted)
+        if point is not None and "best_val_accuracy" in metrics:
+            points[point] = max(points.get(point, 0.0), metrics["best_val_accuracy"])
+    ordered = sorted(points, key=lambda point: (-points[point], point.unfreeze_depth, point.lr))
+    return [asdict(point) for point in ordered[: warm_places(spec.search)]]
+
+
+def _point(params: Mapping[str, str], wanted: Mapping[str, Any]) -> TrialConfig | None:
+    """A past trial as a point of this search's space; None where it lies outside."""
+    values: Values = {}
+    for name, allowed in wanted.items():
+        if name not in params:
+            return None
+        value: Any = params[name] if name == "optimizer" else float(params[name])
+        value = int(value) if name in ("unfreeze_depth", "batch_size") else value
+        inside = allowed.low <= value <= allowed.high if isinstance(allowed, Range) else value in allowed
+        if not inside:
+            return None
+        values[name] = value
+    return TrialConfig(**values)
 
 
 @effect(name="record search", timeout_s=3600)
@@ -35,7 +86,7 @@ def record_search(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any],
         trials = search["trials_detail"]
         tags = common_tags(spec, dataset) | {"unfreeze.search_id": search["search_id"]}
         parent = tracking.write_run(experiment, _search_record(spec, backbone, search, tags))
-        tracking.write_children(experiment, parent, [_trial_record(search["search_id"], trial, tags) for trial in trials])
+        tracking.write_children(experiment, parent, [_trial_record(search["search_id"], backbone, trial, tags) for trial in trials])
     return parent
 
 
@@ -76,7 +127,7 @@ def _search_record(spec: Spec, backbone: dict[str, Any], search: dict[str, Any],
     )
 
 
-def _trial_record(search_id: str, trial: dict[str, Any], tags: dict[str, str]) -> RunRecord:
+def _trial_record(search_id: str, backbone: Values, trial: Values, tags: dict[str, str]) -> RunRecord:
     started_ms = at_ms = int(trial["started_at"])
     metrics = []
     for point in trial["curve"]:
@@ -84,11 +135,13 @@ def _trial_record(search_id: str, trial: dict[str, Any], tags: dict[str, str]) -
         values = {key: point[key] for key in ("val_accuracy", "val_loss", "train_loss") if point.get(key) is not None}
         metrics += [Metric(key, float(value), point["epoch"], at_ms) for key, value in values.items() if math.isfinite(value)]
     metrics.append(Metric("seconds", float(trial["seconds"])))
+    if trial["accuracy"] is not None:
+        metrics.append(Metric("best_val_accuracy", float(trial["accuracy"])))
     return RunRecord(
         identity=f"{search_id}/{trial['trial_id']}",
         name=f"depth {trial['unfreeze_depth']}, lr {trial['lr']:.2g}",
         tags=tags | {"unfreeze.kind": "trial", "unfreeze.trial_id": str(trial["trial_id"]), "unfreeze.status": trial["status"]},
-        params={"unfreeze_depth": trial["unfreeze_depth"], "lr": trial["lr"]},
+        params={name: trial[name] for name in TrialConfig.__dataclass_fields__} | {"backbone": backbone["name"]},
         metrics=metrics,
         started_ms=started_ms,
         ended_ms=started_ms + int(1000 * trial["seconds"]),

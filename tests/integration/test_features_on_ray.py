@@ -98,15 +98,15 @@ def expected(dataset: dict[str, Any], backbone_record: dict[str, Any], depth: in
     from ray_jobs import backbone
     from ray_jobs.cuts import Cuts
     from ray_jobs.dataset import open_dataset
-    from ray_jobs.features import features_of, pixels_of
+    from ray_jobs.features import FrozenPrefix, features_of, pixels_of
 
     data = open_dataset(dataset["uri"], object_store(), cache).images(["train", "val"])
     pixels_NHWC = pixels_of((content for _, content in data), image_size=SIZE, max_pixels=LIMIT)
     if depth == GROUPS:
         return [pixels_NHWC]
     model = backbone.load(fetch(object_store(), backbone_record["uri"], cache / "backbones"), num_classes=2, seed=0)
-    cuts = Cuts(model, [depth], SIZE)
-    return features_of(cuts, pixels_NHWC, depths=[depth], mean=backbone_record["mean"], std=backbone_record["std"])[depth]
+    prefix = FrozenPrefix(Cuts(model, [depth], SIZE))
+    return features_of(prefix, pixels_NHWC, depths=[depth], mean=backbone_record["mean"], std=backbone_record["std"])[depth]
 
 
 def test_a_new_dataset_computes_its_new_images_alone_and_another_search_nothing(

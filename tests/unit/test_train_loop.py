@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ray_jobs.cuts import Cuts
-from ray_jobs.features import features_of
+from ray_jobs.features import FrozenPrefix, features_of
 from ray_jobs.groups import freeze, num_groups, set_mode
 from ray_jobs.preprocessing import normalise
 from ray_jobs.train_loop import Diverged, OneCycleAdamW, Recipe, Rows, SuffixTraining, class_weights
@@ -57,7 +57,7 @@ def test_training_on_cached_features_equals_training_the_whole_model_on_images(d
     whole = SuffixTraining(twin, Rows([images_NCHW], labels_N, TRAIN), RECIPE, set_mode=lambda on: set_mode(twin, depth, on))
     expected = [whole.epoch() for _ in range(2)]
 
-    values = features_of(cuts if depth < num_groups(model) else None, pixels_NHWC, depths=[depth], mean=MEAN, std=STD)[depth]
+    values = features_of(FrozenPrefix(cuts) if depth < num_groups(model) else None, pixels_NHWC, depths=[depth], mean=MEAN, std=STD)[depth]
     suffix = cuts.suffix(depth)
     prepare: Callable = tuple if depth < num_groups(model) else lambda v: [normalised(v, MEAN, STD)[0].double()]
     rows = Rows([torch.from_numpy(v) for v in values], labels_N, TRAIN)
