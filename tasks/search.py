@@ -19,17 +19,17 @@ FAILED = {"diverged", "out_of_memory", "failed"}
 Values = dict[str, Any]
 
 
-def _key(spec: Spec, dataset: Values, backbone: Values, features: Values, plan: Values, warm: list[Values]) -> list[Any]:
+def _key(spec: Spec, dataset: Values, backbone: Values, features: Values, plan: Values, warm: dict[str, list[Values]]) -> list[Any]:
     search = spec.search.model_dump(mode="json")
     return [spec.storage, search, spec.fit.augmentation, dataset["version"], backbone["digest"], warm]
 
 
 @step(name="search", key=_key, timeout_s=48 * 3600)
-def run_search(spec: Spec, dataset: Values, backbone: Values, features: Values, plan: Values, warm: list[Values]) -> Values:
+def run_search(spec: Spec, dataset: Values, backbone: Values, features: Values, plan: Values, warm: dict[str, list[Values]]) -> Values:
     """The best unfreeze depth and learning rate, the best probe, and every trial."""
     from ray_jobs import search_on_ray
 
-    again = [TrialConfig(**point) for point in warm]
+    again = [TrialConfig(**point) for point in warm["points"]]
     with progress.step("Searching depth and learning rate") as on_progress, ray_cluster.connect():
         found: Values = search_on_ray.run_search(
             spec, dataset, backbone, features["features"], on_progress, sources=plan["source"], warm=again
@@ -46,13 +46,13 @@ def _warm_key(spec: Spec, dataset: Values, backbone: Values) -> list[Any]:
 
 
 @step(name="look up past searches", key=_warm_key, timeout_s=600)
-def past_points(spec: Spec, dataset: Values, backbone: Values) -> list[Values]:
+def past_points(spec: Spec, dataset: Values, backbone: Values) -> dict[str, list[Values]]:
     """The best points of this model's past searches of the same backbone, best first; none unless the spec asks for a warm start.
 
     A step, so that a search that is taken up again starts from the same points, whatever has ended meanwhile.
     """
     if not spec.search.warm_start:
-        return []
+        return {"points": []}
     wanted = dimensions(spec.search)
     points: dict[TrialConfig, float] = {}
     for params, metrics in tracking.past_trials(spec.name, backbone["name"]):
@@ -60,7 +60,7 @@ def past_points(spec: Spec, dataset: Values, backbone: Values) -> list[Values]:
         if point is not None and "best_val_accuracy" in metrics:
             points[point] = max(points.get(point, 0.0), metrics["best_val_accuracy"])
     ordered = sorted(points, key=lambda point: (-points[point], point.unfreeze_depth, point.lr))
-    return [asdict(point) for point in ordered[: warm_places(spec.search)]]
+    return {"points": [asdict(point) for point in ordered[: warm_places(spec.search)]]}
 
 
 def _point(params: Mapping[str, str], wanted: Mapping[str, Any]) -> TrialConfig | None:
