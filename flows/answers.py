@@ -14,8 +14,11 @@ from rich.console import Console, Group
 from rich.filesize import decimal
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 debug = False
+LEADERS = 20
+OTHER_DIMENSIONS = ("weight_decay", "label_smoothing", "layer_decay", "optimizer", "batch_size")
 VERDICTS = {
     "promoted": "[bold green]promoted[/]",
     "kept": "[bold yellow]kept[/] (the champion stays)",
@@ -85,22 +88,29 @@ def retrain(answer: dict[str, Any]) -> Panel:
     )
 
 
-def search(answer: dict[str, Any]) -> Table:
-    """The leaderboard of a search."""
-    best = answer["search"]["best"]
+def search(answer: dict[str, Any]) -> Group:
+    """The leaderboard of a search, and what it cost."""
+    best, trials = answer["search"]["best"], answer["trials_detail"]
     found = f"best: depth {best['unfreeze_depth']}, lr {best['lr']:.2g}, val {_percent(best['accuracy'])}"
-    table = Table(
-        title=f"{answer['search']['trials']} trials in {answer['search']['seconds']:.0f} s; {found}",
-        caption=answer["search"]["leaderboard_uri"],
-    )
-    for column in ("depth", "lr", "val accuracy", "epochs", "status", "seconds"):
+    table = Table(title=f"{len(trials)} trials in {answer['search']['seconds']:.0f} s; {found}")
+    varied = [name for name in OTHER_DIMENSIONS if len({trial[name] for trial in trials}) > 1]
+    for column in ("depth", "lr", *(name.replace("_", " ") for name in varied), "val accuracy", "epochs", "status", "seconds"):
         table.add_column(column, justify="left" if column == "status" else "right")
-    for trial in sorted(answer["trials_detail"], key=lambda row: -(row["accuracy"] if row["accuracy"] is not None else -1))[:20]:
-        accuracy = _percent(trial["accuracy"])
-        table.add_row(
-            str(trial["unfreeze_depth"]), f"{trial['lr']:.2g}", accuracy, str(trial["epochs"]), trial["status"], f"{trial['seconds']:.1f}"
-        )
-    return table
+    shown = sorted(trials, key=lambda row: -(row["accuracy"] if row["accuracy"] is not None else -1))[:LEADERS]
+    for trial in shown:
+        others = [f"{trial[name]:.2g}" if isinstance(trial[name], float) else str(trial[name]) for name in varied]
+        result = (_percent(trial["accuracy"]), str(trial["epochs"]), trial["status"], f"{trial['seconds']:.1f}")
+        table.add_row(str(trial["unfreeze_depth"]), f"{trial['lr']:.2g}", *others, *result)
+    lines = [f"[dim]and {len(trials) - len(shown)} more[/]"] if len(trials) > len(shown) else []
+    return Group(table, *lines, *answer["decisions"], _cost(answer["cost"]), Text(answer["search"]["leaderboard_uri"], overflow="fold"))
+
+
+def _cost(cost: dict[str, Any]) -> str:
+    estimated = f" (estimated {cost['estimated_s']:.0f} s)" if cost["estimated_s"] is not None else ""
+    saved = (
+        f"{cost['flops']:.2g} FLOPs, {cost['flops_without_sharing'] / max(cost['flops'], 1):.1f} times less than without sharing the prefix"
+    )
+    return f"features and trials took {cost['measured_s']:.0f} s{estimated}; {saved}"
 
 
 def verify(answer: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from infra import committed_folder, local_stack, progress, ray_cluster, settings
 from infra.object_store import object_store, split_uri
 from ray_jobs.sources import open_source
 from ray_jobs.spec import Spec, load_spec
+from tasks.warming import warm_up
 
 
 def retrain(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def _services(spec: Spec) -> Iterator[None]:
         with progress.step("Finding or starting the services"):
             exits.enter_context(local_stack.session(["s3", "mlflow", "prefect", "ray"], storage=spec.storage))
         exits.callback(_send_logs)
-        exits.enter_context(ray_cluster.one_connection())
+        exits.enter_context(ray_cluster.one_connection(warm_up))
         yield
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.errors import ServiceError, UserError
+from infra.errors import ServiceError, UnfreezeError, UserError
 from infra.settings import cache_dir
 
 CONNECT_TIMEOUT_S = 15.0
@@ -36,6 +38,10 @@ class Cluster:
     cpus: float
     gpus: float
 
+    @property
+    def on_this_machine(self) -> bool:
+        return self.address.rpartition(":")[0] in LOOPBACK
+
     def require(self, cpus: float, gpus: float, what: str) -> None:
         """Raise UserError where `what` can never fit, so that nobody waits for a machine that does not come."""
         short = [
@@ -53,6 +59,7 @@ class Cluster:
 @contextmanager
 def connect() -> Iterator[Cluster]:
     """Connect to the cluster of RAY_ADDRESS for the body. Raises ServiceError where it does not answer."""
+    _await_opening()
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         raise ServiceError("RAY_ADDRESS is not set.", "Name a cluster as host:port, or run inside the embedded stack.")
@@ -75,17 +82,41 @@ def connect() -> Iterator[Cluster]:
 
 
 @contextmanager
-def one_connection() -> Iterator[None]:
-    """For the body, what the first `connect` opens stays open: workers with torch loaded outlive the step that started them."""
+def one_connection(then: Callable[[], None]) -> Iterator[None]:
+    """For the body, what the first `connect` opens stays open: workers with torch loaded outlive the step that started them.
+
+    The connection is opened at once in a thread, which then calls `then`, while the caller goes on with something else.
+    """
     token = _keeps_open.set(True)
+    _Opening.thread = threading.Thread(target=contextvars.copy_context().run, args=(_open, then), name="connect to Ray", daemon=True)
+    _Opening.thread.start()
     try:
         yield
     finally:
+        _await_opening()
         _keeps_open.reset(token)
         if "ray" in sys.modules:
             import ray
 
             ray.shutdown()
+
+
+class _Opening:
+    """The thread that opens the one connection."""
+
+    thread: threading.Thread | None = None
+
+
+def _open(then: Callable[[], None]) -> None:
+    with suppress(UnfreezeError), connect():  # whoever connects next meets the same error, and tells it
+        then()
+
+
+def _await_opening() -> None:
+    thread = _Opening.thread
+    if thread is not None and thread is not threading.current_thread():
+        thread.join()
+        _Opening.thread = None
 
 
 def runtime_environment(address: str) -> dict[str, Any]:

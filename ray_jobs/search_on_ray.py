@@ -5,6 +5,7 @@ The folder searches/SEARCH_ID is committed at the end; a search that is already 
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -111,8 +112,7 @@ class _Running:
         return self.already_gpu_s + sum(record.seconds for record in self.engine.records) * _slots()[1].get("gpu", 0)
 
     def _look(self) -> None:
-        """What is to be seen to while trials run: the linear probes, once they are trained, and the budget."""
-        self._take_in_probes()
+        """What is to be seen to while trials run: the budget."""
         limits = ((self.search.budget_s, self.spent_s), (self.search.budget_gpu_s, self.spent_gpu_s))
         self.engine.over_budget = any(most is not None and spent >= most for most, spent in limits)
 
@@ -120,9 +120,11 @@ class _Running:
         """Every trial, and the probes' result."""
         try:
             self._start_probes()
-            if self._deep_trials_expected():
+            if self._has_deep_trials:
+                importlib.import_module("ray.tune")  # takes seconds, in which the probes train
+            self._take_in_probes()
+            if self._has_deep_trials:
                 self._run_tune(on_progress)
-            self._take_in_probes(wait=True)
             self.engine.close()
         finally:
             self.journal.close()
@@ -132,19 +134,17 @@ class _Running:
         self.journal.append({**event, "spent_s": round(self.spent_s, 3), "spent_gpu_s": round(self.spent_gpu_s, 3)})
 
     def _start_probes(self) -> None:
-        """Train the linear probes beside the trials' workers, which load torch meanwhile; 0 CPUs, so that no trial waits for it."""
+        """Train the linear probes, all at once, in one of the workers that have just computed the features."""
         self.heads, all_known = self.engine.take_heads()
         kept = _kept_probes(self.journal) if all_known else None
         if kept:
             self.reference = ray.put(kept)
             return
-        task: Any = ray.remote(_probes).options(num_cpus=0, name="probes")
+        task: Any = ray.remote(_probes).options(name="probes", **_resources(_slots()[1]))
         self.reference = task.remote(self.work, [self.engine.records[i].config for i in self.heads], probe_configs(self.search))
 
-    def _take_in_probes(self, wait: bool = False) -> None:
-        """Once the probes are trained, their epochs are the search's."""
-        if self.probe is not None or not (wait or ray.wait([self.reference], timeout=0)[0]):
-            return
+    def _take_in_probes(self) -> None:
+        """Their epochs are the search's."""
         probe = result_of(self.reference)
         _keep_probes(self.journal, probe)  # before the events that make them done
         for index, trained in zip(self.heads, probe["trials"], strict=bool(probe["trials"])):
@@ -154,7 +154,8 @@ class _Running:
                 self.engine.end(index, trained.status, trained.reason)
         self.probe = probe
 
-    def _deep_trials_expected(self) -> bool:
+    @property
+    def _has_deep_trials(self) -> bool:
         return self.search.resolved_searcher == "optuna" or max(self.search.unfreeze_depth) > 0
 
     def _run_tune(self, on_progress: OnProgress) -> None:
@@ -249,6 +250,11 @@ def _slots() -> tuple[int, dict[str, float]]:
     if gpus:
         return min(cpus, gpus * TRIALS_A_GPU), {"cpu": 1, "gpu": 1 / TRIALS_A_GPU}
     return cpus, {"cpu": 1}
+
+
+def _resources(slot: Mapping[str, float]) -> dict[str, float]:
+    """A trial's slot in the words of a Ray task."""
+    return {f"num_{kind}s": amount for kind, amount in slot.items()}
 
 
 def _halving(search: SearchSpec) -> Halving | None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from infra import progress
-from infra.committed_folder import commit, read_manifest
-from infra.object_store import join_uri, object_store
+from infra import progress, ray_cluster
+from infra.object_store import object_store
 from ray_jobs.spec import Spec, digest_of
 from tasks.policies import step
 
@@ -30,18 +28,10 @@ def _key(spec: Spec) -> list[Any]:
 @step(name="prepare backbone", key=_key, timeout_s=3600)
 def prepare_backbone(spec: Spec) -> dict[str, Any]:
     """Check the backbone against the spec and store its weights; its URI, digest, groups and preprocessing."""
-    with progress.step("Loading the backbone"):
-        from ray_jobs import backbone  # here, because it imports torch, which a skipped retraining can do without
+    from ray_jobs import backbone_on_ray
 
-        name, image_size = spec.backbone.name, spec.data.image_size
-        backbone.check(name, image_size, spec.search.unfreeze_depth)
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            config = backbone.build(spec.backbone, image_size=image_size, seed=spec.search.seed, folder=folder, store=object_store())
-            uri = join_uri(spec.storage, "backbones", config["digest"])
-            if read_manifest(object_store(), uri) is None:  # the digest names what computes: an equal one from elsewhere will do
-                commit(object_store(), uri, {path.name: path for path in folder.iterdir()})
-    return {**config, "uri": uri, "groups": len(config["groups"])}
+    with progress.step("Loading the backbone"), ray_cluster.connect() as cluster:
+        return backbone_on_ray.prepare_backbone(spec, cluster)
 
 
 def _weights_identity(spec: Spec) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ray_jobs.search_space import TrialConfig
 from ray_jobs.spec import Spec
 from tasks.promotion import decide, plain_decision
 
@@ -78,7 +79,7 @@ def skipped(outcome: dict[str, Any], flow_run_id: str | None, total_s: float) ->
 
 def search_outcome(dataset: dict[str, Any], search: dict[str, Any], flow_run_id: str | None) -> dict[str, Any]:
     """What `search --json` prints."""
-    columns = ("unfreeze_depth", "lr", "accuracy", "epochs", "status", "seconds")
+    columns = (*TrialConfig.__dataclass_fields__, "accuracy", "epochs", "status", "reason", "seconds")
     trials = [{column: trial[column] for column in columns} for trial in search["trials_detail"]]
     return {
         "flow_run_id": flow_run_id,
@@ -86,6 +87,7 @@ def search_outcome(dataset: dict[str, Any], search: dict[str, Any], flow_run_id:
         "search": _search(search),
         "trials_detail": trials,
         "cost": search["cost"],
+        "decisions": search["decisions"],
     }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -29,8 +31,10 @@ def run_search(spec: Spec, dataset: Values, backbone: Values, features: Values, 
     """The best unfreeze depth and learning rate, the best probe, and every trial."""
     from ray_jobs import search_on_ray
 
+    # the client takes seconds to load, and the results go there as soon as there are any
+    threading.Thread(target=importlib.import_module, args=("mlflow.tracking",), daemon=True).start()
     again = [TrialConfig(**point) for point in warm["points"]]
-    with progress.step("Searching depth and learning rate") as on_progress, ray_cluster.connect():
+    with progress.step(f"Searching depth and learning rate, about {plan['trials_s']:.0f} s") as on_progress, ray_cluster.connect():
         found: Values = search_on_ray.run_search(
             spec, dataset, backbone, features["features"], on_progress, sources=plan["source"], warm=again
         )
