@@ -123,9 +123,10 @@ def best_trial(records: Sequence[TrialRecord]) -> TrialRecord:
 def trial_detail(record: TrialRecord, max_epochs: int) -> dict[str, Any]:
     """One trial as the plain values that `search --json` prints."""
     return {
-        "trial_id": record.trial_id, **asdict(record.config), "accuracy": record.accuracy, "epochs": len(record.counted),
-        "status": ended(record, max_epochs), "reason": record.reason, "seconds": round(record.seconds, 4), "started_at": record.started_at,
-        "curve": [asdict(epoch) for epoch in record.counted],
+        "trial_id": record.trial_id, **asdict(record.config), "accuracy": record.accuracy,
+        "last_accuracy": record.counted[-1].val_accuracy if record.counted else None, "epochs": len(record.counted),
+        "epochs_run": len(record.curve), "status": ended(record, max_epochs), "reason": record.reason,
+        "seconds": round(record.seconds, 4), "started_at": record.started_at, "curve": [asdict(epoch) for epoch in record.counted],
     }  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def skipped(outcome: dict[str, Any], flow_run_id: str | None, total_s: float) ->
 
 def search_outcome(dataset: dict[str, Any], search: dict[str, Any], flow_run_id: str | None) -> dict[str, Any]:
     """What `search --json` prints."""
-    columns = (*TrialConfig.__dataclass_fields__, "accuracy", "epochs", "status", "reason", "seconds")
+    columns = (*TrialConfig.__dataclass_fields__, "accuracy", "last_accuracy", "epochs", "epochs_run", "status", "reason", "seconds")
     trials = [{column: trial[column] for column in columns} for trial in search["trials_detail"]]
     return {
         "flow_run_id": flow_run_id,
