@@ -162,9 +162,7 @@ def report(case: Case, rounds: list[dict[str, dict[str, Any]]], skipped: list[st
         table.add_row(arm, f"{seconds:.1f}", ratio, f"{epochs:.0f}", f"{best[arm]:.3f}", f"{mean[arm]:.3f}")
     Console().print(table)
     bound = cost["flops_without_sharing"] / cost["flops"]
-    print(
-        f"counted FLOPs: {bound:.2f}x less than the same epochs without sharing; rounds: {len(rounds)}; not run: {', '.join(skipped) or '-'}"
-    )
+    print(f"counted FLOPs: {bound:.2f}x less than the same epochs without sharing; rounds: {len(rounds)}; not run: {skipped or '-'}")
     guard = {
         arm: {"best": abs(best[arm] - best["ours"]) <= BEST_WITHIN or best["ours"] > best[arm],
               "mean": case.scheduler != "fifo" or abs(mean[arm] - mean["ours"]) <= MEAN_WITHIN or mean["ours"] > mean[arm]}
