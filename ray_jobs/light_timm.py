@@ -22,7 +22,8 @@ def import_timm() -> None:
 
     if COMPILER not in sys.modules and "timm" not in sys.modules:
         with _stand_in():
-            import timm  # noqa: F401
+            import timm
+            import torchvision.transforms.v2  # noqa: F401
     for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
         plain = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
         if plain is not None and COMPILER not in sys.modules:
