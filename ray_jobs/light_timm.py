@@ -20,9 +20,8 @@ def import_timm() -> None:
     """Import torch, torchvision and timm; call it first in a worker. Harmless where they, or the compiler, are loaded already."""
     import torch
 
-    if COMPILER not in sys.modules and "timm" not in sys.modules:
-        with _stand_in():
-            import timm
+    if "timm" not in sys.modules:
+        with without_compiler():
             import torchvision.transforms.v2  # noqa: F401
     for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
         plain = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
@@ -31,8 +30,13 @@ def import_timm() -> None:
 
 
 @contextmanager
-def _stand_in() -> Iterator[None]:
+def without_compiler() -> Iterator[None]:
+    """For the body, torch meets a stand-in where it would load its compiler; nothing happens where that is loaded already."""
     import torch
+
+    if COMPILER in sys.modules:
+        yield
+        return
 
     compiler, its_utils = types.ModuleType(COMPILER), types.ModuleType(f"{COMPILER}.utils")
     compiler.__dict__.update(__path__=[], disable=_leave_as_it_is, utils=its_utils)

@@ -92,7 +92,8 @@ class _Running:
         self.search, self.work, self.journal, self.started = spec.search, work, journal, time.perf_counter()
         events = journal.load()
         first = next((event for event in events if event["kind"] == "start"), None)
-        self.lanes = len(lanes()) or _slots()[0]
+        slots, self.slot = _slots()
+        self.lanes = len(lanes()) or slots
         in_order = first["lanes"] if first else self.lanes  # as at the first start, whatever the cluster has now
         self.already_s = max((event["spent_s"] for event in events), default=0.0)
         self.already_gpu_s = max((event["spent_gpu_s"] for event in events), default=0.0)
@@ -111,7 +112,7 @@ class _Running:
 
     @property
     def spent_gpu_s(self) -> float:
-        return self.already_gpu_s + sum(record.seconds for record in self.engine.records) * _slots()[1].get("gpu", 0)
+        return self.already_gpu_s + sum(record.seconds for record in self.engine.records) * self.slot.get("gpu", 0)
 
     def _look(self) -> None:
         """What is to be seen to while trials run: the budget."""
@@ -143,7 +144,7 @@ class _Running:
             self.reference = ray.put(kept)
             return
         trials = [self.engine.records[i].config for i in self.heads]
-        self.reference = submit(_probes, self.work, trials, probe_configs(self.search), name="probes", resources=_slots()[1])
+        self.reference = submit(_probes, self.work, trials, probe_configs(self.search), name="probes", resources=self.slot)
 
     def _take_in_probes(self) -> None:
         """Their epochs are the search's."""
@@ -172,7 +173,7 @@ class _Running:
             shared = {"work": self.work, "probe": [self.reference], "lanes": lanes()}
             trainable = tune.with_parameters(SearchTrial, shared=shared)
             tuner = tune.Tuner(
-                tune.with_resources(trainable, _slots()[1]),
+                tune.with_resources(trainable, self.slot),
                 tune_config=tune.TuneConfig(
                     metric="val_accuracy", mode="max", search_alg=Proposals(self.engine, free), scheduler=scheduler,
                     reuse_actors=True, num_samples=-1, trial_dirname_creator=lambda trial: trial.trial_id,
