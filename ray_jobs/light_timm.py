@@ -7,6 +7,7 @@ compiles later imports the real one as usual.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -22,7 +23,8 @@ def import_timm() -> None:
 
     if "timm" not in sys.modules:
         with without_compiler():
-            import torchvision.transforms.v2  # noqa: F401
+            importlib.import_module("timm")
+            importlib.import_module("torchvision.transforms.v2")  # of the augmentations
     for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
         plain = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
         if plain is not None and COMPILER not in sys.modules:

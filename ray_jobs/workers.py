@@ -55,14 +55,18 @@ def submit(function: Callable[..., Any], *arguments: Any, name: str, resources: 
     """Start `function(*arguments)` in the lane with the least to do, or as a task with these resources; the reference to its result."""
     if not _Open.lanes:
         options = {f"num_{kind}s": amount for kind, amount in (resources or {"cpu": 1}).items()}
-        task: Any = ray.remote(function).options(name=name, max_retries=RETRIES, **options)
-        return task.remote(*arguments)
+        task: Any = ray.remote(_call).options(name=name, max_retries=RETRIES, **options)
+        return task.remote(function, *arguments)
     for references in _Open.waiting:
         references[:] = ray.wait(references, num_returns=len(references), timeout=0)[1] if references else []
     place = min(range(len(_Open.lanes)), key=lambda i: len(_Open.waiting[i]))
     reference = _Open.lanes[place].run.remote(function, *arguments)
     _Open.waiting[place].append(reference)
     return reference
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def load() -> None:
