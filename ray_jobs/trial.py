@@ -74,7 +74,7 @@ class WarmWorker:
         source = self.source(depth)
         features = self.features(source)
         self.cuts.reset(self.work.seed)
-        suffix = speed_up(self.cuts.suffix(depth, source), mixed=self.work.precision == "bfloat16" and multiplies_bfloat16())
+        suffix = speed_up(self.cuts.suffix(depth, source), mixed=self.work.precision != "float32" and multiplies_bfloat16())
         if head is not None:
             put_head(self.model, head)
         recipe = recipe_of(self.work, config, features.labels[: features.train])

@@ -21,7 +21,7 @@ class Work:
     max_epochs: int
     class_weights: str
     seed: int
-    precision: str = "float32"
+    precision: str = "auto"
 
     @property
     def feature_uris(self) -> dict[int, str]:
