@@ -77,7 +77,7 @@ def content(classes: tuple[str, ...] = ("cat", "dog", "owl"), trials: list[dict[
         decision={"status": "promoted", "reason": "accuracy rose by 10.0 points", "metric": "accuracy", "challenger": 0.8, "champion": 0.7,
                   "min_gain": 0.0, "version": "4", "champion_version": "3"},
         seconds={"total": 171.4, "search": 93.4, "prepare": 6.2},
-        cost={"prefix_s": 6.1, "flops": 3.1e13, "flops_without_sharing": 1.9e14, "trial_epochs": 92},
+        features={"computed_images": 255},
     )  # fmt: skip
     return dataclasses.replace(whole, **changes)
 
