@@ -79,7 +79,7 @@ def record_evaluation(spec: Spec, parts: dict[str, Any], report: str) -> dict[st
 
 @effect(name="report search", timeout_s=600)
 def report_search(spec: Spec, parts: dict[str, Any], run_id: str) -> dict[str, str]:
-    """The page of a search: on this disk and beside the search's run in MLflow. Its path, its URI, and the link by which MLflow shows it."""
+    """The page of a search, on this disk and beside its run in MLflow: its path, its URI, and the link by which MLflow shows it."""
     with progress.step("Rendering the report"):
         content = SearchContent(
             name=spec.name, spec=spec.model_dump(mode="json"), versions=_versions(), git_commit=git_commit(), dataset=parts["dataset"],

@@ -50,7 +50,7 @@ def cost_against_accuracy(search: Values) -> Figure | None:
             figure.add_scatter(
                 x=[trial["seconds"] for trial in of_depth], y=[trial["accuracy"] for trial in of_depth], mode="markers",
                 name=f"depth {depth}", customdata=named(of_depth), **HOVER,
-                marker={"size": 9 if len(trials) <= 40 else 7 if len(trials) <= 200 else 5, "opacity": 0.6, "color": colour},
+                marker={"size": 9 if len(trials) <= 40 else 7 if len(trials) <= 200 else 5, "opacity": 0.75, "color": colour},
             )  # fmt: skip
     figure.add_scatter(
         x=[point["seconds"] for point in points], y=[point["accuracy"] for point in points], mode="lines", name="Pareto front",
@@ -90,9 +90,9 @@ def how_trials_ended(search: Values) -> Figure | None:
     )  # fmt: skip
     words = [words for _, _, words in endings]
     figure.update_yaxes(tickvals=list(range(len(endings))), ticktext=words, autorange="reversed", showgrid=False)
-    figure.update_xaxes(title="trials", tickformat=",d", range=[0, 1.15 * max(totals)], nticks=6)
+    figure.update_xaxes(title="trials", tickformat=",d", range=[0, 1.15 * max(totals)], nticks=6, tickangle=0)
     figure.update_layout(barmode="stack", bargap=0.35, legend={"traceorder": "normal"})
-    return finished(figure, height=130 + 36 * len(endings))
+    return finished(figure, height=130 + 36 * len(endings), narrow={"xaxis": {"range": [0, 1.35 * max(totals)], "nticks": 4}})
 
 
 def estimate(search: Values) -> Figure | None:
@@ -115,7 +115,7 @@ def estimate(search: Values) -> Figure | None:
     figure.update_yaxes(tickvals=[0, 1], ticktext=["estimated", "measured"], autorange="reversed", showgrid=False)
     figure.update_xaxes(title=f"wall time ({unit})", range=[0, 1.3 * max(totals) / size or 1.0], nticks=6)
     figure.update_layout(barmode="stack", bargap=0.4, legend={"traceorder": "normal"})
-    return finished(figure, height=190)
+    return finished(figure, height=190, narrow={"xaxis": {"range": [0, 1.7 * max(totals) / size or 1.0], "nticks": 4}})
 
 
 def flops_saved(search: Values) -> Figure | None:
@@ -133,7 +133,7 @@ def flops_saved(search: Values) -> Figure | None:
     )
     figure.update_xaxes(title="FLOP", range=[0, 1.3 * max(values)], tickformat="~s", nticks=5)
     figure.update_layout(bargap=0.4)
-    return finished(figure, height=190)
+    return finished(figure, height=190, narrow={"xaxis": {"range": [0, 1.8 * max(values)], "nticks": 4}})
 
 
 def _label_ends(figure: Any, ends: list[float], words: list[str]) -> None:

@@ -101,7 +101,7 @@ def accuracy_by_depth(search: Values) -> Figure | None:
         x=[depths.index(int(trial["unfreeze_depth"])) + 0.22 * spread(index) for index, trial in enumerate(trials)],
         y=[trial["accuracy"] for trial in trials], mode="markers", name="a trial",
         marker={
-            "size": 7 if len(trials) <= 200 else 5, "opacity": 0.5, "color": [colours[int(trial["unfreeze_depth"])] for trial in trials],
+            "size": 7 if len(trials) <= 200 else 5, "opacity": 0.65, "color": [colours[int(trial["unfreeze_depth"])] for trial in trials],
         },
         customdata=named(trials), showlegend=False, **HOVER,
     )  # fmt: skip
@@ -143,11 +143,11 @@ def _panel(trials: Sequence[Values], name: str, colours: Mapping[int, str]) -> F
             figure.update_xaxes(type="log", **decade_ticks([float(value) for value in values], roomy=False))
     figure.add_scatter(
         x=places, y=[trial["accuracy"] for trial in shown], mode="markers", showlegend=False, customdata=named(shown), **HOVER,
-        marker={"size": 7 if len(shown) <= 200 else 4, "opacity": 0.6, "color": [colours[int(trial["unfreeze_depth"])] for trial in shown]},
+        marker={"size": 7 if len(shown) <= 200 else 4, "opacity": 0.7, "color": [colours[int(trial["unfreeze_depth"])] for trial in shown]},
     )  # fmt: skip
     figure.update_xaxes(title=words_of(name))
     figure.update_yaxes(title="val accuracy", tickformat=".0%", nticks=5, range=accuracy_window([trial["accuracy"] for trial in shown]))
-    return finished(figure, height=260)
+    return finished(figure, height=240)
 
 
 def learning_curves(search: Values) -> Figure | None:
@@ -260,7 +260,7 @@ def known_status(trial: Values) -> str:
 def depth_colours(search: Values) -> dict[int, str]:
     """One colour a depth, from dark (shallow) to light (deep)."""
     depths = sorted({int(trial["unfreeze_depth"]) for trial in search.get("trials_detail") or []})
-    steps = [0.25 + 0.62 * index / max(1, len(depths) - 1) for index in range(len(depths))]
+    steps = [0.3 + 0.57 * index / max(1, len(depths) - 1) for index in range(len(depths))]
     return dict(zip(depths, sample_colorscale("Viridis", steps), strict=True)) if depths else {}
 
 

@@ -13,6 +13,12 @@ from ray_jobs.search_space import TrialConfig
 from tasks.report_search import SearchContent
 
 HOSTILE = "</script><img src=x onerror=alert(1)> & <b>bold</b>"
+DECISIONS = (
+    "depth 0 is the first; depth 1 is tried",
+    "depth 1 gained +3.1 points over shallower depths (val 79.8%): depth 2 is tried",
+    "depth 2 gained +0.4 points over shallower depths (val 80.2%), no more than half a standard error (0.9 points): depth 4 and deeper "
+    "were not tried",
+)
 DEPTHS, MAX_EPOCHS = (0, 1, 2, 4), 8
 
 
@@ -31,9 +37,7 @@ def searched(count: int, *, wide: bool = False, by_depth: bool = False, hostile:
     found = {
         "search_id": "d5d8dfbf753fc4fd170a0d48e36fbaa8", "trials": count, "best": best_of(best_trial(records)), "seconds": spent / 2,
         "trials_detail": details, "rungs": [vars(judged) for judged in halving.judged],
-        "decisions": ["depth 0 is the first; depth 1 is tried", "depth 1 gained +3.1 points over shallower depths (val 79.8%): depth 2 is tried",
-                      "depth 2 gained +0.4 points over shallower depths (val 80.2%), no more than half a standard error (0.9 points): depth 4 "
-                      "and deeper were not tried"] if by_depth else [],
+        "decisions": list(DECISIONS) if by_depth else [],
         "probe": {"lr": 1e-2, "accuracy": 0.757, "val_loss": 0.9, "knn_accuracy": 0.702},
         "cost": {"estimated_s": 0.45 * spent + 6.0, "measured_s": spent / 2 + 5.1, "prefix_s": 5.1, "trials_s": spent, "flops": 1.08e13,
                  "flops_without_sharing": 3.17e13},
@@ -58,8 +62,8 @@ def _config(index: int, count: int, rng: random.Random, *, wide: bool) -> TrialC
     if not wide:
         return TrialConfig(depth, rate)
     return TrialConfig(
-        depth, rate, weight_decay=10 ** (-5 + 3 * rng.random()), label_smoothing=rng.choice([0.0, 0.1]), layer_decay=0.6 + 0.4 * rng.random(),
-        optimizer=rng.choice(["adamw", "sgd"]), batch_size=rng.choice([16, 32, 64]),
+        depth, rate, weight_decay=10 ** (-5 + 3 * rng.random()), label_smoothing=rng.choice([0.0, 0.1]),
+        layer_decay=0.6 + 0.4 * rng.random(), optimizer=rng.choice(["adamw", "sgd"]), batch_size=rng.choice([16, 32, 64]),
     )  # fmt: skip
 
 
