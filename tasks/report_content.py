@@ -17,9 +17,6 @@ from ray_jobs.dataset import Dataset, open_dataset
 from ray_jobs.spec import Spec, digest_of
 from tasks.policies import effect
 from tasks.registration import git_commit
-from tasks.report import ReportContent, render, thumbnail
-from tasks.report_search import SearchContent
-from tasks.report_search import render as render_search
 from tasks.search import common_tags
 
 SAMPLES_PER_CLASS = 2
@@ -37,6 +34,8 @@ def example_image(dataset: dict[str, Any]) -> bytes:
 @effect(name="render report", timeout_s=600)
 def render_report(spec: Spec, parts: dict[str, Any]) -> str:
     """The report of one retraining as HTML text, the same for the same parts."""
+    from tasks.report import ReportContent, render  # plotly takes its time to load; here and below a search has loaded it meanwhile
+
     with progress.step("Rendering the report"):
         dataset = _open(parts["dataset"])
         fit, evaluation = parts["fit"], parts["evaluation"]
@@ -80,12 +79,14 @@ def record_evaluation(spec: Spec, parts: dict[str, Any], report: str) -> dict[st
 @effect(name="report search", timeout_s=600)
 def report_search(spec: Spec, parts: dict[str, Any], run_id: str) -> dict[str, str]:
     """The page of a search, on this disk and beside its run in MLflow: its path, its URI, and the link by which MLflow shows it."""
+    from tasks.report_search import SearchContent, render
+
     with progress.step("Rendering the report"):
         content = SearchContent(
             name=spec.name, spec=spec.model_dump(mode="json"), versions=_versions(), git_commit=git_commit(), dataset=parts["dataset"],
             search=parts["search"], features=parts["features"],
         )  # fmt: skip
-        path = _local_copy(f"{spec.name}-search-{parts['search']['search_id'][:8]}", render_search(content))
+        path = _local_copy(f"{spec.name}-search-{parts['search']['search_id'][:8]}", render(content))
         tracking.add_file(run_id, path, as_name=REPORT)
     return {"path": str(path), "uri": f"runs:/{run_id}/{REPORT}", "link": _link(tracking.experiment_id(spec.name), run_id)}
 
@@ -139,6 +140,8 @@ def _open(dataset: dict[str, Any]) -> Dataset:
 
 
 def _samples(dataset: Dataset) -> list[dict[str, Any]]:
+    from tasks.report import thumbnail
+
     wanted = dict.fromkeys(dataset.classes, SAMPLES_PER_CLASS)
     samples: dict[str, list[dict[str, Any]]] = {label: [] for label in dataset.classes}
     for row, image in dataset.images(["train"]):
@@ -152,6 +155,8 @@ def _samples(dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def _mistakes(dataset: Dataset, mistakes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    from tasks.report import thumbnail
+
     wanted = {mistake["sha256"] for mistake in mistakes}
     images = {row.sha256: image for row, image in dataset.images(["holdout"]) if row.sha256 in wanted} if wanted else {}
     return [{**mistake, "image": thumbnail(images[mistake["sha256"]])} for mistake in mistakes if mistake["sha256"] in images]

@@ -166,9 +166,10 @@ def estimate_said(search: Values) -> str:
         return ""
     if not estimated:
         return f"Shared features and trials took {duration(measured)}; there was no estimate."
-    share, longer = abs(measured / estimated - 1), measured > estimated
-    off = f"{percent(share, 0)} {'more' if longer else 'less'} than the estimate of {duration(estimated)}"
-    said = f"Shared features and trials took {duration(measured)}, {'as estimated' if share < 0.05 else off}"
+    ratio = measured / estimated
+    off = f"{percent(abs(ratio - 1), 0)} {'more' if ratio > 1 else 'less'} than" if ratio < 2 else f"{ratio:.1f} times"
+    against = "as estimated" if abs(ratio - 1) < 0.05 else f"{off} the estimate of {duration(estimated)}"
+    said = f"Shared features and trials took {duration(measured)}, {against}"
     epochs, workers = number(plan.get("expected_epochs")), number(plan.get("workers"))
     if epochs and workers:
         said += f". It reckoned with {epochs:.3g} epochs a trial on {counted(workers, 'worker')}"

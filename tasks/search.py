@@ -31,8 +31,7 @@ def run_search(spec: Spec, dataset: Values, backbone: Values, features: Values, 
     """The best unfreeze depth and learning rate, the best probe, and every trial."""
     from ray_jobs import search_on_ray
 
-    # the client takes seconds to load, and the results go there as soon as there are any
-    threading.Thread(target=importlib.import_module, args=("mlflow.tracking",), daemon=True).start()
+    threading.Thread(target=_load_what_comes_next, daemon=True).start()
     again = [TrialConfig(**point) for point in warm["points"]]
     with progress.step(f"Searching depth and learning rate, about {plan['trials_s']:.0f} s") as on_progress, ray_cluster.connect():
         found: Values = search_on_ray.run_search(
@@ -40,6 +39,12 @@ def run_search(spec: Spec, dataset: Values, backbone: Values, features: Values, 
         )
     cost = {"estimated_s": plan["estimated_s"], "prefix_s": features["seconds"], "measured_s": features["seconds"] + found["seconds"]}
     return {**found, "cost": {**found["cost"], **cost}, "plan": {key: plan[key] for key in PLANNED}}
+
+
+def _load_what_comes_next() -> None:
+    """MLflow's client and the report's figures take seconds to load, and the results go there as soon as there are any."""
+    for module in ("mlflow.tracking", "tasks.report_search"):
+        importlib.import_module(module)
 
 
 PLANNED = ("materialise", "source", "estimated_s", "prefix_s", "trials_s", "memory_bytes", "workers", "expected_epochs")

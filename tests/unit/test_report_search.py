@@ -10,6 +10,7 @@ import pytest
 
 from tasks import report_cost_figures, report_search, report_search_figures, report_search_words
 from tasks.report_search import render
+from tasks.report_words import duration
 from tests.report_cases import DECISIONS, HOSTILE, MAX_EPOCHS, search_content, searched
 from tests.unit.test_report import Page, figures_in, trial
 
@@ -90,14 +91,20 @@ def test_stopping_early_is_put_in_epochs_that_were_spared() -> None:
 
 @pytest.mark.parametrize(
     ("measured", "said"),
-    [(100.0, "took 1 min 40 s, as estimated."), (150.0, "50% more than the estimate of 1 min 40 s"), (50.0, "50% less than the estimate")],
+    [
+        (100.0, "took 1 min 40 s, as estimated."),
+        (150.0, "50% more than the estimate of 1 min 40 s"),
+        (50.0, "50% less than the estimate"),
+        (420.0, "4.2 times the estimate of 1 min 40 s"),
+    ],
 )
 def test_the_estimate_is_held_against_what_it_came_to(measured: float, said: str) -> None:
     search = {"cost": {"estimated_s": 100.0, "measured_s": measured, "prefix_s": 5.0}, "plan": {"prefix_s": 10.0, "trials_s": 90.0}}
     assert said in report_search_words.estimate_said(search)
     figure = report_cost_figures.estimate(search)
     assert figure is not None
-    assert [list(trace["x"]) for trace in figure["data"] if trace["type"] == "bar"] == [[10.0, 5.0], [90.0, measured - 5.0]]
+    shown = [trace["customdata"] for trace in figure["data"] if trace["type"] == "bar"]
+    assert shown == [["shared features: 10.0 s", "shared features: 5.0 s"], ["trials: 1 min 30 s", f"trials: {duration(measured - 5.0)}"]]
 
 
 @pytest.mark.parametrize(
