@@ -82,7 +82,7 @@ def connect() -> Iterator[Cluster]:
 
 
 @contextmanager
-def one_connection(then: Callable[[], None]) -> Iterator[None]:
+def one_connection(then: Callable[[Cluster], None]) -> Iterator[None]:
     """For the body, what the first `connect` opens stays open: workers with torch loaded outlive the step that started them.
 
     The connection is opened at once in a thread, which then calls `then`, while the caller goes on with something else.
@@ -107,9 +107,9 @@ class _Opening:
     thread: threading.Thread | None = None
 
 
-def _open(then: Callable[[], None]) -> None:
-    with suppress(UnfreezeError), connect():  # whoever connects next meets the same error, and tells it
-        then()
+def _open(then: Callable[[Cluster], None]) -> None:
+    with suppress(UnfreezeError), connect() as cluster:  # whoever connects next meets the same error, and tells it
+        then(cluster)
 
 
 def _await_opening() -> None:

@@ -12,16 +12,14 @@ from infra.ray_cluster import Cluster
 from ray_jobs.features_on_ray import result_of
 from ray_jobs.light_timm import import_timm
 from ray_jobs.spec import Spec
+from ray_jobs.workers import submit
 
 
 def prepare_backbone(spec: Spec, cluster: Cluster) -> dict[str, Any]:
     """The backbone's config, with its URI and the number of its groups. Raises UserError where it does not fit the spec."""
     if not cluster.on_this_machine:  # a weights file, or the package that holds it, may be here alone
         return _prepare(spec)
-    import ray
-
-    task: Any = ray.remote(_prepare).options(num_cpus=1, name="backbone")
-    found: dict[str, Any] = result_of(task.remote(spec))
+    found: dict[str, Any] = result_of(submit(_prepare, spec, name="backbone"))
     return found
 
 

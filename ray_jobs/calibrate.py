@@ -26,7 +26,7 @@ from ray_jobs.groups import head_names, num_groups
 from ray_jobs.heads import head_rows, train_heads
 from ray_jobs.plan import Calibration, DepthCost
 from ray_jobs.preprocessing import normalise
-from ray_jobs.train_loop import OneCycleAdamW, Recipe, Rows
+from ray_jobs.train_loop import OneCycle, Recipe, Rows
 
 BATCH = 32
 DECODED = 16
@@ -92,7 +92,7 @@ def _trained(cuts: Cuts, depth: int, values: Sequence[Tensor]) -> float:
         head = {name: cuts.model.get_parameter(name).detach() for name in head_names(cuts.model)}
         recipes = [Recipe(1e-3 * (i + 1), 1, BATCH, 0.0, 0.0, None, 0) for i in range(HEADS)]
         return _seconds(lambda: train_heads(rows, head, recipes)) / BATCH / STEPS / HEADS
-    optimizer = OneCycleAdamW(list(suffix.parameters()), peak_lr=1e-4, weight_decay=0.0, steps=100)
+    optimizer = OneCycle(list(suffix.parameters()), peak_lr=1e-4, weight_decay=0.0, steps=100)
     suffix.train()
 
     def step() -> None:

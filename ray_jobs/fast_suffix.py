@@ -21,25 +21,27 @@ from ray_jobs.products import has_onednn, linear
 
 SMALL_MAP = 16
 """Positions up to which a 1 x 1 convolution is faster as a matrix product; beyond, its weight gradient is not (docs/LOG.md)."""
+LARGE_MAP = 4096
+"""The same in bfloat16."""
 
 
-def speed_up(suffix: Suffix) -> Suffix:
-    """The same suffix, its graph changed in place; a second time does nothing."""
+def speed_up(suffix: Suffix, *, mixed: bool = False) -> Suffix:
+    """The same suffix, its graph changed in place; a second time does nothing. `mixed`: see products.linear."""
     if not has_onednn(next(suffix.parameters())):
         return suffix
     for node in list(suffix.graph.nodes):
         if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
-            _replace(suffix, node, suffix.get_submodule(str(node.target)))
+            _replace(suffix, node, suffix.get_submodule(str(node.target)), mixed)
         elif node.op == "call_method" and node.target == "mean" and tuple(node.args[1:]) in (((2, 3),), ([2, 3],)):
             _call(suffix.graph, node, _mean_over_map, (node.args[0], bool(node.kwargs.get("keepdim", False))))
     suffix.recompile()
     return suffix
 
 
-def _replace(suffix: Suffix, node: fx.Node, module: nn.Module) -> None:
+def _replace(suffix: Suffix, node: fx.Node, module: nn.Module, mixed: bool) -> None:
     kind, source = type(module), node.args[0]
     if kind is nn.Linear and not any(user.op == "output" for user in node.users):  # heads.py looks for the classifier as a module
-        _call(suffix.graph, node, linear, (source, *_parameters(suffix, node, module)))
+        _call(suffix.graph, node, linear, (source, *_parameters(suffix, node, module), mixed))
     elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
         _call(suffix.graph, node, _mean_over_map, (source, True))
     elif isinstance(module, nn.Conv2d) and kind in (nn.Conv2d, Conv2dSame):
@@ -48,7 +50,7 @@ def _replace(suffix: Suffix, node: fx.Node, module: nn.Module) -> None:
             function = _depthwise_same if kind is Conv2dSame else _depthwise
             _call(suffix.graph, node, function, (source, *parameters, module.stride[0], tuple(module.padding)))
         elif module.kernel_size == (1, 1) and module.stride == (1, 1) and module.groups == 1 and module.padding in ((0, 0), 0):
-            _call(suffix.graph, node, _pointwise, (source, *parameters))
+            _call(suffix.graph, node, _pointwise, (source, *parameters, mixed))
 
 
 def _call(graph: fx.Graph, node: fx.Node, function: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
@@ -65,11 +67,11 @@ def _parameters(suffix: Suffix, node: fx.Node, module: nn.Module) -> tuple[fx.No
         return weight, None if module.bias is None else suffix.graph.get_attr(f"{node.target}.bias")
 
 
-def _pointwise(images_BCHW: Tensor, weight_OC11: Tensor, bias_O: Tensor | None) -> Tensor:
+def _pointwise(images_BCHW: Tensor, weight_OC11: Tensor, bias_O: Tensor | None, mixed: bool) -> Tensor:
     batch, channels, height, width = images_BCHW.shape
-    if height * width > SMALL_MAP or not has_onednn(images_BCHW):
+    if height * width > (LARGE_MAP if mixed else SMALL_MAP) or not has_onednn(images_BCHW):
         return conv2d(images_BCHW, weight_OC11, bias_O)
-    out_XO = linear(images_BCHW.permute(0, 2, 3, 1).reshape(-1, channels), weight_OC11.flatten(1), bias_O)
+    out_XO = linear(images_BCHW.permute(0, 2, 3, 1).reshape(-1, channels), weight_OC11.flatten(1), bias_O, mixed)
     return out_XO.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 

@@ -36,6 +36,7 @@ from ray_jobs.feature_lookup import Wanted, selection_of, work_of
 from ray_jobs.feature_set import Cell, FeatureSet, Transform, cells_of, feature_set
 from ray_jobs.light_timm import import_timm
 from ray_jobs.spec import Augmentation, Spec, digest_of
+from ray_jobs.workers import submit
 
 if TYPE_CHECKING:
     from infra.progress import OnProgress  # it loads rich, which workers do without
@@ -162,14 +163,15 @@ def _compute(request: _Request, work: Mapping[tuple[Cell, ...], list[int]], on_p
     gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))  # type: ignore[no-untyped-call]
     images = {cell: [request.wanted.images[i] for cells, rows in work.items() if cell in cells for i in rows] for cell in request.sets}
     uris = {cell: batch_uri(request.storage, request.sets[cell], images[cell]) for cell in request.sets if images[cell]}
-    task: Any = ray.remote(_compute_rows).options(num_cpus=1, num_gpus=1 if gpus else 0, name="features")
+    resources = {"cpu": 1, "gpu": min(1, gpus)}
     waiting: dict[Any, tuple[int, int]] = {}
     numbers = itertools.count()
     for cells, rows in work.items():
         targets = tuple((cell, uris[cell]) for cell in cells)
         for some in _shares(rows, gpus or cpus or 1):
             number = next(numbers)
-            waiting[task.remote(request.job, number, targets, some)] = (number, len(some))
+            reference = submit(_compute_rows, request.job, number, targets, some, name="features", resources=resources)
+            waiting[reference] = (number, len(some))
     parts: dict[Cell, dict[int, list[Part]]] = defaultdict(dict)
     done, total = 0, sum(count for _, count in waiting.values())
     try:

@@ -64,10 +64,7 @@ class Training:
         self.model = new_model(plan, store, cache).to(rank.device).to(memory_format=torch.channels_last)  # a quarter faster on CPUs
         backbone.freeze(self.model, plan.unfreeze_depth)
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        decayed = [p for p in self.names if p.ndim > 1]  # norms' scales and biases have no reason to be small
-        others = [p for p in self.names if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=plan.lr, fused=True)
+        self.optimizer = self._new_optimizer()
         self.forward = _distributed(self.model, rank)
         self.history: list[EpochRow] = []
         self.best: EpochRow | None = None
@@ -75,6 +72,20 @@ class Training:
         self.weights_K = self._class_weights()
         self.train_images = self._train_images()
         self.val_pixels_NHWC = self._val_pixels()
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        """Norms' scales and biases have no reason to be small, so they do not decay."""
+        plan, by_name = self.plan, backbone.lr_scales(self.model, self.plan.layer_decay)
+        alike: dict[tuple[float, bool], list[Tensor]] = {}
+        for parameter, name in self.names.items():
+            alike.setdefault((by_name[name], parameter.ndim > 1), []).append(parameter)
+        groups = [
+            {"params": parameters, "weight_decay": plan.weight_decay if decays else 0.0, "lr_scale": scale}
+            for (scale, decays), parameters in alike.items()
+        ]
+        if plan.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=plan.lr, momentum=0.9, nesterov=True)
+        return torch.optim.AdamW(groups, lr=plan.lr, fused=True)
 
     @property
     def is_over(self) -> bool:
@@ -126,7 +137,7 @@ class Training:
             at = (epoch - 1) * len(weight_of_step) + step
             torch.manual_seed(augment.seed_of(plan.seed, -at - 1, rank.number))  # dropout and drop path
             for group in self.optimizer.param_groups:
-                group["lr"] = lr_at(at, total_steps, plan.lr)
+                group["lr"] = lr_at(at, total_steps, plan.lr) * group["lr_scale"]
             loss = self._loss(pixels_BCHW, labels_B)
             # DDP averages over ranks; divided by the whole step's weight instead, so that the split over ranks changes nothing
             (loss * (rank.world / weight_of_step[step])).backward()

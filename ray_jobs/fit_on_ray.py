@@ -24,6 +24,7 @@ from infra.object_store import ObjectStore, join_uri, object_store
 from ray_jobs.fit_plan import Plan, plan_fit
 from ray_jobs.light_timm import import_timm
 from ray_jobs.spec import Spec
+from ray_jobs.workers import close_lanes
 
 POLL_S = 0.3
 RESTARTS = 2  # of the worker group, when a worker or its host dies; each carries on from the last checkpoint
@@ -46,6 +47,7 @@ def run_fit(
     plan = plan_fit(spec, dataset, backbone, search)
     result = read_result(store, plan)
     if result is None:
+        close_lanes()  # Ray Train starts processes of its own, which need the memory
         resources = resources_per_worker(plan.num_workers, ray.cluster_resources())  # type: ignore[no-untyped-call]
         loaders = int(resources["CPU"]) - 1 if "GPU" in resources else 0
         _train_on_workers(replace(plan, started_at=time.time(), loader_processes=loaders), resources, store, on_progress)

@@ -48,6 +48,8 @@ class Plan:
     batch_size: int
     weight_decay: float
     label_smoothing: float
+    layer_decay: float
+    optimizer: str
     class_weights: str
     augmentation: Augmentation
     seed: int
@@ -133,6 +135,7 @@ def plan_fit(spec: Spec, dataset: Mapping[str, Any], backbone: Mapping[str, Any]
         "unfreeze_depth": best["unfreeze_depth"], "lr": best["lr"],
         "max_epochs": spec.fit_max_epochs, "patience": spec.fit.patience, "batch_size": spec.fit.batch_size_per_worker,
         "weight_decay": best["weight_decay"], "label_smoothing": best["label_smoothing"],
+        "layer_decay": best["layer_decay"], "optimizer": best["optimizer"],
         "class_weights": spec.search.class_weights, "augmentation": spec.fit.augmentation, "seed": spec.search.seed,
         "image_size": spec.data.image_size, "mean": tuple(backbone["mean"]), "std": tuple(backbone["std"]),
         "max_pixels": int(spec.data.max_megapixels * 1e6), "num_workers": spec.fit.num_workers,

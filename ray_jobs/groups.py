@@ -56,6 +56,14 @@ def head_tensor_names(model: nn.Module) -> set[str]:
     return {name for name in model.state_dict() if any(name.startswith(f"{prefix}.") for prefix in prefixes)}
 
 
+def lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
+    """The factor on the learning rate of each parameter: 1 for the classifier, `layer_decay` for the last group, its square for the
+    one before, and so on (Clark et al. 2020, arXiv:2003.10555)."""
+    groups = group_names(model)
+    scales = {name: layer_decay ** (len(groups) - number) for number, names in enumerate(groups) for name in names}
+    return scales | dict.fromkeys(head_names(model), 1.0)
+
+
 def trainable_names(model: nn.Module, depth: int) -> set[str]:
     """The names of the parameters that train at this depth: the classifier and the last `depth` groups."""
     groups = group_names(model)

@@ -7,6 +7,7 @@ compiles later imports the real one as usual.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -20,9 +21,10 @@ def import_timm() -> None:
     """Import torch, torchvision and timm; call it first in a worker. Harmless where they, or the compiler, are loaded already."""
     import torch
 
-    if COMPILER not in sys.modules and "timm" not in sys.modules:
-        with _stand_in():
-            import timm  # noqa: F401
+    if "timm" not in sys.modules:
+        with without_compiler():
+            importlib.import_module("timm")
+            importlib.import_module("torchvision.transforms.v2")  # of the augmentations
     for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
         plain = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
         if plain is not None and COMPILER not in sys.modules:
@@ -30,8 +32,13 @@ def import_timm() -> None:
 
 
 @contextmanager
-def _stand_in() -> Iterator[None]:
+def without_compiler() -> Iterator[None]:
+    """For the body, torch meets a stand-in where it would load its compiler; nothing happens where that is loaded already."""
     import torch
+
+    if COMPILER in sys.modules:
+        yield
+        return
 
     compiler, its_utils = types.ModuleType(COMPILER), types.ModuleType(f"{COMPILER}.utils")
     compiler.__dict__.update(__path__=[], disable=_leave_as_it_is, utils=its_utils)

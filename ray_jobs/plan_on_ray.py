@@ -19,6 +19,7 @@ from ray_jobs.light_timm import import_timm
 from ray_jobs.plan import Calibration, Workload, expected_epochs, plan
 from ray_jobs.search_space import probe_learning_rates, trial_configs
 from ray_jobs.spec import Spec, digest_of
+from ray_jobs.workers import submit
 
 CALIBRATION_VERSION = 1
 """Raise it whenever the code measures something else, or computes it faster."""
@@ -51,8 +52,8 @@ def plan_search(
     )  # fmt: skip
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     gpus = int(resources.get("GPU", 0))
-    task: Any = ray.remote(_calibrate).options(num_cpus=1, num_gpus=min(1, gpus), name="calibrate")
-    measured = Calibration.from_plain(result_of(task.remote(job)))
+    reference = submit(_calibrate, job, name="calibrate", resources={"cpu": 1, "gpu": min(1, gpus)})
+    measured = Calibration.from_plain(result_of(reference))
     started = time.perf_counter()
     epochs = expected_epochs(spec.search.scheduler, spec.search.max_epochs, sum(trials.values()))
     workers = gpus or max(1, int(resources.get("CPU", 1)))

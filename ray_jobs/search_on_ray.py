@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
@@ -22,7 +22,6 @@ from infra.object_store import ObjectStore, join_uri, object_store
 from infra.progress import OnProgress
 from ray_jobs.features_on_ray import num_groups_of, result_of
 from ray_jobs.fidelity import Halving
-from ray_jobs.light_timm import import_timm
 from ray_jobs.proposals import expected_trials, proposer_of
 from ray_jobs.search import (
     best_of,
@@ -39,10 +38,9 @@ from ray_jobs.search_engine import SearchEngine
 from ray_jobs.search_journal import Journal
 from ray_jobs.search_space import TrialConfig, probe_configs
 from ray_jobs.spec import SearchSpec, Spec
-from ray_jobs.warm_worker import warm_worker
-
-if TYPE_CHECKING:
-    from ray_jobs.trial import Work
+from ray_jobs.warm_worker import prepare_worker, warm_worker
+from ray_jobs.work import Work
+from ray_jobs.workers import lanes, submit
 
 RESULT, PROBE_HEAD = "result.json", "probe.safetensors"
 TRIALS_A_GPU = 4
@@ -73,7 +71,10 @@ def run_search(
     if read_manifest(store, uri):
         journal.delete()  # what a crash after the commit left
         return dict(json.loads(store.read(join_uri(uri, RESULT))))
-    running = _Running(spec, work_of(spec, dataset, backbone, features, sources or {}), dataset["val"], journal, warm)
+    work = work_of(spec, dataset, backbone, features, sources or {})
+    for lane in lanes():
+        lane.run.remote(prepare_worker, work)  # model, cuts and features, while Tune starts
+    running = _Running(spec, work, dataset["val"], journal, warm)
     probe = running.run(on_progress)
     result = _result(spec, dataset, running, probe) | {
         "search_id": found_id, "uri": uri, "leaderboard_uri": join_uri(uri, "leaderboard.parquet"),
@@ -91,10 +92,12 @@ class _Running:
         self.search, self.work, self.journal, self.started = spec.search, work, journal, time.perf_counter()
         events = journal.load()
         first = next((event for event in events if event["kind"] == "start"), None)
-        self.lanes = first["lanes"] if first else _slots()[0]  # as at the first start, whatever the cluster has now
+        slots, self.slot = _slots()
+        self.lanes = len(lanes()) or slots
+        in_order = first["lanes"] if first else self.lanes  # as at the first start, whatever the cluster has now
         self.already_s = max((event["spent_s"] for event in events), default=0.0)
         self.already_gpu_s = max((event["spent_gpu_s"] for event in events), default=0.0)
-        proposer = proposer_of(spec.search, lanes=self.lanes, val_images=val_images, warm=warm)
+        proposer = proposer_of(spec.search, lanes=in_order, val_images=val_images, warm=warm)
         self.engine = SearchEngine(proposer, spec.search.max_epochs, _halving(spec.search), self._note)
         self.engine.restore(events)
         self.probe: Any = None
@@ -109,7 +112,7 @@ class _Running:
 
     @property
     def spent_gpu_s(self) -> float:
-        return self.already_gpu_s + sum(record.seconds for record in self.engine.records) * _slots()[1].get("gpu", 0)
+        return self.already_gpu_s + sum(record.seconds for record in self.engine.records) * self.slot.get("gpu", 0)
 
     def _look(self) -> None:
         """What is to be seen to while trials run: the budget."""
@@ -140,8 +143,8 @@ class _Running:
         if kept:
             self.reference = ray.put(kept)
             return
-        task: Any = ray.remote(_probes).options(name="probes", **_resources(_slots()[1]))
-        self.reference = task.remote(self.work, [self.engine.records[i].config for i in self.heads], probe_configs(self.search))
+        trials = [self.engine.records[i].config for i in self.heads]
+        self.reference = submit(_probes, self.work, trials, probe_configs(self.search), name="probes", resources=self.slot)
 
     def _take_in_probes(self) -> None:
         """Their epochs are the search's."""
@@ -163,14 +166,16 @@ class _Running:
         with _quiet(self.lanes), tempfile.TemporaryDirectory(prefix="unfreeze-tune-") as scratch:
             from ray import tune
 
-            from ray_jobs.search_trial import EachStep, Proposals, Scheduler, SearchTrial
+            from ray_jobs.search_trial import EachStep, FreeLanes, Proposals, Scheduler, SearchTrial
 
-            scheduler = Scheduler(self.engine, on_progress, expected_trials(self.search))
-            trainable = tune.with_parameters(SearchTrial, shared={"work": self.work, "probe": [self.reference]})
+            free = FreeLanes(self.lanes)
+            scheduler = Scheduler(self.engine, free, on_progress, expected_trials(self.search))
+            shared = {"work": self.work, "probe": [self.reference], "lanes": lanes()}
+            trainable = tune.with_parameters(SearchTrial, shared=shared)
             tuner = tune.Tuner(
-                tune.with_resources(trainable, _slots()[1]),
+                tune.with_resources(trainable, self.slot),
                 tune_config=tune.TuneConfig(
-                    metric="val_accuracy", mode="max", search_alg=Proposals(self.engine), scheduler=scheduler,
+                    metric="val_accuracy", mode="max", search_alg=Proposals(self.engine, free), scheduler=scheduler,
                     reuse_actors=True, num_samples=-1, trial_dirname_creator=lambda trial: trial.trial_id,
                 ),
                 run_config=tune.RunConfig(
@@ -199,16 +204,13 @@ def _result(spec: Spec, dataset: dict[str, Any], running: _Running, probe: dict[
 
 def work_of(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], features: Mapping[str, str], sources: Mapping[str, int]) -> Work:
     """What all trials share, from the results of the steps before."""
-    import_timm()
-    from ray_jobs.trial import Work
-
     search = spec.search
     return Work(
         backbone_uri=backbone["uri"], mean=tuple(backbone["mean"]), std=tuple(backbone["std"]), image_size=spec.data.image_size,
         num_classes=len(dataset["classes"]), num_groups=num_groups_of(backbone),
         features=tuple(sorted((int(depth), uri) for depth, uri in features.items())),
         sources=tuple(sorted((int(depth), cut) for depth, cut in sources.items())), max_epochs=search.max_epochs,
-        class_weights=search.class_weights, seed=search.seed,
+        class_weights=search.class_weights, seed=search.seed, precision=search.precision,
     )  # fmt: skip
 
 
@@ -250,11 +252,6 @@ def _slots() -> tuple[int, dict[str, float]]:
     if gpus:
         return min(cpus, gpus * TRIALS_A_GPU), {"cpu": 1, "gpu": 1 / TRIALS_A_GPU}
     return cpus, {"cpu": 1}
-
-
-def _resources(slot: Mapping[str, float]) -> dict[str, float]:
-    """A trial's slot in the words of a Ray task."""
-    return {f"num_{kind}s": amount for kind, amount in slot.items()}
 
 
 def _halving(search: SearchSpec) -> Halving | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,58 +16,29 @@ from ray_jobs.proposals import Pause
 from ray_jobs.search import Epoch, status_of_error
 from ray_jobs.search_engine import SearchEngine
 from ray_jobs.search_space import TrialConfig
-from ray_jobs.warm_worker import warm_worker
+from ray_jobs.trial_epoch import trial_epoch
 
 
 class SearchTrial(tune.Trainable):
-    """A training on cached features; the process, its model and its features outlive the trial."""
+    """A training on cached features: in a warm lane where there are any, else in this process, which then outlives the trial."""
 
     def setup(self, config: dict[str, Any], shared: dict[str, Any]) -> None:  # type: ignore[override]  # with_parameters adds it
         logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns of a slow start, with advice already taken
         self.shared = shared
-        self._begin(config)
+        self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._begin(new_config)
+        self.point, self.key, self.epoch = TrialConfig(**new_config["point"]), str(new_config["index"]), 0
+        self.lane = self.shared["lanes"][new_config["lane"]] if self.shared["lanes"] else None
         return True
 
-    def _begin(self, config: dict[str, Any]) -> None:
-        self.point = TrialConfig(**config["point"])
-        self.training: Any = None
-        self.started_at = time.time()
-
     def step(self) -> dict[str, Any]:
-        """One epoch. A trial that diverges or finds no memory ends by itself and leaves its worker warm."""
-        import torch
-
-        from ray_jobs.train_loop import Diverged
-
-        try:
-            measured = self._epoch()
-        except Diverged as error:
-            return self._failure("diverged", str(error))
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            return self._failure("out_of_memory", str(error) or type(error).__name__)
-        except RuntimeError as error:
-            if status_of_error(str(error)) != "out_of_memory":  # torch's CPU allocator raises a plain RuntimeError
-                raise
-            return self._failure("out_of_memory", str(error))
-        done = self.training.epochs_done >= self.shared["work"].max_epochs
-        return {"epoch": self.training.epochs_done, **vars(measured), "done": done, **self._times()}
-
-    def _epoch(self) -> Any:
-        if self.training is None:
-            worker = warm_worker(self.shared["work"])
-            head = ray.get(self.shared["probe"][0])["head"] if self.point.unfreeze_depth else None
-            self.training = worker.start(self.point, head)
-        return self.training.epoch()
-
-    def _failure(self, status: str, reason: str) -> dict[str, Any]:
-        self.training = None
-        return {"val_accuracy": 0.0, "status": status, "reason": reason[:500], "done": True, **self._times()}
-
-    def _times(self) -> dict[str, Any]:
-        return {"started_at": int(1000 * self.started_at), "elapsed": time.time() - self.started_at}
+        """One epoch."""
+        self.epoch += 1
+        head = ray.get(self.shared["probe"][0])["head"] if self.point.unfreeze_depth and self.epoch == 1 else None
+        arguments = (self.shared["work"], self.point, head, self.key, self.epoch)
+        result: dict[str, Any] = ray.get(self.lane.run.remote(trial_epoch, *arguments)) if self.lane else trial_epoch(*arguments)
+        return result
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: a search's result is its record."""
@@ -81,20 +51,38 @@ class _StaysHere:
         return {}
 
 
+class FreeLanes:
+    """Which lane runs which trial; a trial keeps its lane until it is over."""
+
+    def __init__(self, count: int) -> None:
+        self.left = list(range(count))
+        self._taken: dict[int, int] = {}
+
+    def take(self, index: int) -> int:
+        self._taken[index] = self.left.pop(0)
+        return self._taken[index]
+
+    def give_back(self, index: int) -> None:
+        if index in self._taken:
+            self.left.append(self._taken.pop(index))
+
+
 class Proposals(_StaysHere, Searcher):
     """Tune asks here which trial comes next."""
 
-    def __init__(self, engine: SearchEngine) -> None:
+    def __init__(self, engine: SearchEngine, lanes: FreeLanes) -> None:
         super().__init__(metric="val_accuracy", mode="max")
-        self.engine = engine
+        self.engine, self.lanes = engine, lanes
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        if not self.lanes.left:
+            return None
         index = self.engine.next()
         if index is Pause.DONE:
             return Searcher.FINISHED  # type: ignore[return-value]  # a word that Tune knows
         if isinstance(index, Pause):
             return None
-        return {"point": vars(self.engine.records[index].config), "index": index}
+        return {"point": vars(self.engine.records[index].config), "index": index, "lane": self.lanes.take(index)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The scheduler has told the engine already."""
@@ -109,9 +97,9 @@ class Proposals(_StaysHere, Searcher):
 class Scheduler(_StaysHere, FIFOScheduler):
     """Tune tells here what each epoch measured, and learns whether the trial goes on."""
 
-    def __init__(self, engine: SearchEngine, on_progress: OnProgress, expected: int) -> None:
+    def __init__(self, engine: SearchEngine, lanes: FreeLanes, on_progress: OnProgress, expected: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.engine, self.on_progress, self.expected = engine, on_progress, expected
+        self.engine, self.lanes, self.on_progress, self.expected = engine, lanes, on_progress, expected
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         index = trial.config["index"]
@@ -121,6 +109,8 @@ class Scheduler(_StaysHere, FIFOScheduler):
         else:
             numbers = {key: result[key] for key in ("epoch", "val_accuracy", "val_loss", "train_loss", "seconds")}
             over = self.engine.report(index, Epoch(**numbers), started_at=result["started_at"], seconds=result["elapsed"])
+        if over:
+            self.lanes.give_back(index)
         self._tell()
         return TrialScheduler.STOP if over else TrialScheduler.CONTINUE
 
@@ -131,6 +121,7 @@ class Scheduler(_StaysHere, FIFOScheduler):
     def on_trial_error(self, controller: Any, trial: Any) -> None:
         error = str(trial.get_pickled_error() or trial.get_error() or "the worker died")
         self.engine.end(trial.config["index"], status_of_error(error), error.strip()[-500:])
+        self.lanes.give_back(trial.config["index"])
         self._tell()
 
     def _tell(self) -> None:

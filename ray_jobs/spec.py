@@ -143,6 +143,9 @@ class SearchSpec(_Part):
     views: int = Field(
         1, ge=1, le=64, description="Fixed views of each train image in the cache: 1 as val sees it, the others by fit.augmentation."
     )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of the products in trials: bfloat16 is faster on processors and GPUs that have it; sums stay in float32."
+    )
     feature_dtype: FeatureDtype = Field("float32", description="How cached features are stored; computing stays in float32.")
 
     @field_validator("unfreeze_depth", "lr", "batch_size", "weight_decay", "label_smoothing", "layer_decay", "optimizer")

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.adamw import adamw
 
+from ray_jobs.spec import Optimizer
+
 EVAL_BATCH = 128
 IMBALANCED_ABOVE = 2.0
 
@@ -51,6 +53,7 @@ class Recipe:
     label_smoothing: float
     class_weights: tuple[float, ...] | None
     seed: int
+    optimizer: Optimizer = "adamw"
 
 
 @dataclass(frozen=True)
@@ -101,33 +104,50 @@ def class_weights(counts: Sequence[int], mode: str) -> list[float] | None:
     return [weight * len(raw) / sum(raw) for weight in raw]
 
 
-class OneCycleAdamW:
-    """torch's AdamW under torch's OneCycleLR, number for number, without the classes around them.
+class OneCycle:
+    """torch's AdamW, or SGD with Nesterov momentum, under torch's OneCycleLR, number for number, without the classes around them.
 
     Those load torch's compiler at the first step (4 s of CPU time in each worker) and cost more Python than a linear
-    probe's whole step. The arithmetic is torch's own fused kernel.
+    probe's whole step. The arithmetic is torch's own fused kernel. `scales` are factors on the learning rate, one a parameter.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], *, peak_lr: float, weight_decay: float, steps: int) -> None:
-        self.parameters, self.peak_lr, self.weight_decay, self.steps = list(parameters), peak_lr, weight_decay, steps
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], *, peak_lr: float, weight_decay: float, steps: int, kind: Optimizer = "adamw",
+        scales: Sequence[float] | None = None,
+    ) -> None:  # fmt: skip
+        self.parameters, self.peak_lr, self.weight_decay, self.steps, self.kind = list(parameters), peak_lr, weight_decay, steps, kind
         self.first = [torch.zeros_like(p) for p in self.parameters]
-        self.second = [torch.zeros_like(p) for p in self.parameters]
+        self.second = [torch.zeros_like(p) if kind == "adamw" else p.new_empty(0) for p in self.parameters]
         self.counts = [torch.zeros((), device=p.device) for p in self.parameters]
         self.steps_done = 0
+        self.alike: dict[float, list[int]] = {}
+        for index, scale in enumerate(scales or [1.0] * len(self.parameters)):
+            self.alike.setdefault(scale, []).append(index)
 
     @torch.no_grad()
     def step(self) -> None:
         """One step along the gradients, which are then dropped. A parameter without a gradient stays as it is."""
-        lr, beta1 = one_cycle(self.steps_done, self.steps, self.peak_lr)
-        gradients = {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
-        adamw(
-            [self.parameters[i] for i in gradients], list(gradients.values()), [self.first[i] for i in gradients],
-            [self.second[i] for i in gradients], [], [self.counts[i] for i in gradients], fused=True, amsgrad=False, beta1=beta1,
-            beta2=0.999, lr=lr, weight_decay=self.weight_decay, eps=1e-8, maximize=False,
-        )  # fmt: skip
+        lr, momentum = one_cycle(self.steps_done, self.steps, self.peak_lr)
+        for scale, indices in self.alike.items():
+            self._step([i for i in indices if self.parameters[i].grad is not None], lr * scale, momentum)
         for parameter in self.parameters:
             parameter.grad = None
         self.steps_done += 1
+
+    def _step(self, indices: Sequence[int], lr: float, momentum: float) -> None:
+        parameters: list[Tensor] = [self.parameters[i] for i in indices]
+        gradients = [gradient for i in indices if (gradient := self.parameters[i].grad) is not None]
+        first = [self.first[i] for i in indices]
+        if self.kind == "sgd":
+            torch._fused_sgd_(
+                parameters, gradients, first, weight_decay=self.weight_decay, momentum=momentum, lr=lr, dampening=0.0, nesterov=True,
+                maximize=False, is_first_step=self.steps_done == 0,
+            )  # fmt: skip
+            return
+        adamw(
+            parameters, gradients, first, [self.second[i] for i in indices], [], [self.counts[i] for i in indices], fused=True,
+            amsgrad=False, beta1=momentum, beta2=0.999, lr=lr, weight_decay=self.weight_decay, eps=1e-8, maximize=False,
+        )  # fmt: skip
 
 
 def one_cycle(step: int, steps: int, peak_lr: float) -> tuple[float, float]:
@@ -149,19 +169,21 @@ class SuffixTraining:
     """One trial's training: a module from cached values to logits, its optimizer and its schedule.
 
     `set_mode(training)` puts the parts that train in train or eval mode; frozen parts are the caller's and stay in eval
-    mode. `prepare` turns a batch of stored values into the module's inputs.
+    mode. `prepare` turns a batch of stored values into the module's inputs. `scales` are factors on the learning rate, by parameter.
     """
 
     def __init__(
         self, module: nn.Module, rows: Rows, recipe: Recipe, *, set_mode: Callable[[bool], object],
-        prepare: Prepare = tuple,
+        prepare: Prepare = tuple, scales: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
         self.module, self.rows, self.recipe, self.set_mode, self.prepare = module, rows, recipe, set_mode, prepare
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         weights = recipe.class_weights
         self.weights_K = torch.tensor(weights, device=self.device, dtype=self.parameters[0].dtype) if weights else None
         steps = recipe.max_epochs * math.ceil(rows.train / recipe.batch_size)
-        self.optimizer = OneCycleAdamW(self.parameters, peak_lr=recipe.lr, weight_decay=recipe.weight_decay, steps=steps)
+        self.optimizer = OneCycle(
+            self.parameters, peak_lr=recipe.lr, weight_decay=recipe.weight_decay, steps=steps, kind=recipe.optimizer, scales=scales,
+        )  # fmt: skip
         self.order = torch.Generator().manual_seed(recipe.seed)
         torch.manual_seed(recipe.seed)  # drop path and dropout draw from the global generator
         self.epochs_done = 0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +20,27 @@ from ray_jobs import backbone
 from ray_jobs.cuts import Cuts
 from ray_jobs.fast_suffix import speed_up
 from ray_jobs.feature_cache import Features, open_features
-from ray_jobs.groups import head_names
+from ray_jobs.groups import head_names, lr_scales
 from ray_jobs.heads import HeadResult, HeadRows, head_rows, knn_accuracy, train_alone, train_heads
+from ray_jobs.light_timm import without_compiler
+from ray_jobs.products import multiplies_bfloat16
 from ray_jobs.search_space import TrialConfig
 from ray_jobs.train_loop import Recipe, Rows, SuffixTraining, class_weights
+from ray_jobs.work import Work
 
 Head = Mapping[str, np.ndarray[Any, Any]]
 """The classifier's tensors under timm's names."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """What all trials of a search share; plain values, so that it crosses processes."""
-
-    backbone_uri: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    image_size: int
-    num_classes: int
-    num_groups: int
-    features: tuple[tuple[int, str], ...]
-    sources: tuple[tuple[int, int], ...]
-    """(depth, the cut it starts from): its own, or a materialised one at a larger depth."""
-    max_epochs: int
-    class_weights: str
-    seed: int
-
-    @property
-    def feature_uris(self) -> dict[int, str]:
-        return dict(self.features)
-
-    def recipe(self, config: TrialConfig, labels: np.ndarray[Any, Any]) -> Recipe:
-        counts = np.bincount(labels, minlength=self.num_classes).tolist()
-        weights = class_weights(counts, self.class_weights)
-        return Recipe(
-            lr=config.lr, max_epochs=self.max_epochs, batch_size=config.batch_size, weight_decay=config.weight_decay,
-            label_smoothing=config.label_smoothing, class_weights=tuple(weights) if weights else None, seed=self.seed,
-        )  # fmt: skip
+def recipe_of(work: Work, config: TrialConfig, labels: np.ndarray[Any, Any]) -> Recipe:
+    """How a trial trains on these train labels."""
+    counts = np.bincount(labels, minlength=work.num_classes).tolist()
+    weights = class_weights(counts, work.class_weights)
+    return Recipe(
+        lr=config.lr, max_epochs=work.max_epochs, batch_size=config.batch_size, weight_decay=config.weight_decay,
+        label_smoothing=config.label_smoothing, class_weights=tuple(weights) if weights else None, seed=work.seed,
+        optimizer=config.optimizer,
+    )  # fmt: skip
 
 
 class WarmWorker:
@@ -91,21 +74,29 @@ class WarmWorker:
         source = self.source(depth)
         features = self.features(source)
         self.cuts.reset(self.work.seed)
-        suffix = speed_up(self.cuts.suffix(depth, source))
+        suffix = speed_up(self.cuts.suffix(depth, source), mixed=self.work.precision == "bfloat16" and multiplies_bfloat16())
         if head is not None:
             put_head(self.model, head)
-        recipe = self.work.recipe(config, features.labels[: features.train])
-        return SuffixTraining(suffix, rows_of(features), recipe, set_mode=suffix.train, prepare=self._prepare(source))
+        recipe = recipe_of(self.work, config, features.labels[: features.train])
+        by_name = lr_scales(self.model, config.layer_decay)
+        scales = [by_name[name] for name, _ in suffix.named_parameters()]
+        return SuffixTraining(suffix, rows_of(features), recipe, set_mode=suffix.train, prepare=self._prepare(source), scales=scales)
 
     def heads(self, configs: Sequence[TrialConfig], patience: int | None = None) -> list[HeadResult]:
         """Every head of depth 0 at once, in the order of `configs`."""
-        labels = self.features(self.source(0)).labels
-        recipes = [self.work.recipe(config, labels[: self.features(self.source(0)).train]) for config in configs]
+        together = [config for config in configs if config.optimizer == "adamw"]
+        found = self._head_rows() if together else None
+        if found is None:
+            return [train_alone(self.start(config, None), patience, self.head) for config in configs]
         self.cuts.reset(self.work.seed)
-        found = self._head_rows()
-        if found is not None:
-            return train_heads(found, {name: self.model.get_parameter(name) for name in head_names(self.model)}, recipes, patience=patience)
-        return [train_alone(self.start(config, None), patience, self.head) for config in configs]
+        classifier = {name: self.model.get_parameter(name).detach().clone() for name in head_names(self.model)}
+        labels = found.labels_N[: found.train].numpy(force=True)
+        recipes = [recipe_of(self.work, config, labels) for config in together]
+        results = iter(train_heads(found, classifier, recipes, patience=patience))
+        return [
+            next(results) if config.optimizer == "adamw" else train_alone(self.start(config, None), patience, self.head)
+            for config in configs
+        ]
 
     def _head_rows(self) -> HeadRows | None:
         source = self.source(0)
@@ -130,12 +121,12 @@ class WarmWorker:
 
     def forward_flops(self) -> dict[int, int]:
         """FLOPs of one image through the suffix of each depth; under -1 through the whole backbone."""
-        from torch.utils.flop_counter import FlopCounterMode
-
         counted: dict[int, int] = {}
         size = self.work.image_size
         images_BCHW = torch.zeros(2, 3, size, size, device=self.device)
-        with torch.inference_mode():
+        with without_compiler(), torch.inference_mode():
+            from torch.utils.flop_counter import FlopCounterMode
+
             with FlopCounterMode(display=False) as whole:
                 self.model.eval()(images_BCHW)
             for depth in self.cuts.depths:

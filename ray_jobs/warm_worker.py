@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from infra.object_store import object_store
 from infra.settings import cache_dir
 from ray_jobs.light_timm import import_timm
+from ray_jobs.work import Work
 
 if TYPE_CHECKING:
-    from ray_jobs.trial import WarmWorker, Work
+    from ray_jobs.trial import WarmWorker
 
 
 @functools.lru_cache(maxsize=1)
@@ -23,3 +24,8 @@ def warm_worker(work: Work) -> WarmWorker:
 
     torch.set_num_threads(1)
     return WarmWorker(work, object_store(), cache_dir())
+
+
+def prepare_worker(work: Work) -> None:
+    """Make them now, ahead of the first trial."""
+    warm_worker(work)

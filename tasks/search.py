@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from infra import progress, ray_cluster, tracking
+from infra.progress import OnProgress
 from infra.tracking import Metric, RunRecord
 from ray_jobs.search_space import TrialConfig, dimensions, warm_places
 from ray_jobs.spec import Range, Spec
@@ -31,18 +32,28 @@ def run_search(spec: Spec, dataset: Values, backbone: Values, features: Values, 
     """The best unfreeze depth and learning rate, the best probe, and every trial."""
     from ray_jobs import search_on_ray
 
-    threading.Thread(target=_load_what_comes_next, daemon=True).start()
     again = [TrialConfig(**point) for point in warm["points"]]
     with progress.step(f"Searching depth and learning rate, about {plan['trials_s']:.0f} s") as on_progress, ray_cluster.connect():
         found: Values = search_on_ray.run_search(
-            spec, dataset, backbone, features["features"], on_progress, sources=plan["source"], warm=again
+            spec, dataset, backbone, features["features"], _loading_what_comes_next(on_progress), sources=plan["source"], warm=again
         )
     cost = {"estimated_s": plan["estimated_s"], "prefix_s": features["seconds"], "measured_s": features["seconds"] + found["seconds"]}
     return {**found, "cost": {**found["cost"], **cost}, "plan": {key: plan[key] for key in PLANNED}}
 
 
+def _loading_what_comes_next(on_progress: OnProgress) -> OnProgress:
+    """Load MLflow's client and the report's figures, which take seconds, once trials run and this process has nothing to do."""
+    loading = threading.Thread(target=_load_what_comes_next, daemon=True)
+
+    def watched(done: float, total: float) -> None:
+        if loading.ident is None:
+            loading.start()
+        on_progress(done, total)
+
+    return watched
+
+
 def _load_what_comes_next() -> None:
-    """MLflow's client and the report's figures take seconds to load, and the results go there as soon as there are any."""
     for module in ("mlflow.tracking", "tasks.report_search"):
         importlib.import_module(module)
 

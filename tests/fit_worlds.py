@@ -22,6 +22,8 @@ from tests.strategies import write_folder
 BACKBONE = "test_efficientnet"
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 
+PLAIN = {"weight_decay": 1e-4, "label_smoothing": 0.0, "layer_decay": 1.0, "optimizer": "adamw"}
+
 
 @dataclass
 class FitWorld:
@@ -68,7 +70,7 @@ def make_world(folder: Path, store: ObjectStore, *, each: int = 24, **fit: Any) 
     with torch.no_grad():
         store.write(probe_uri, save({name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in head}))
     search = {
-        "search_id": "s", "best": {"unfreeze_depth": 1, "lr": 3e-3, "weight_decay": 1e-4, "label_smoothing": 0.0, "accuracy": 0.5},
+        "search_id": "s", "best": {"unfreeze_depth": 1, "lr": 3e-3, "accuracy": 0.5, **PLAIN},
         "probe": {"lr": 1e-3, "accuracy": 0.2, "val_loss": 1.1, "uri": probe_uri},
     }  # fmt: skip
     return FitWorld(spec, store, dataset, {**config, "uri": uri}, search)

@@ -263,9 +263,10 @@ from ray_jobs.light_timm import import_timm
 import_timm()
 import torch
 from ray_jobs.cuts import Cuts
-from ray_jobs.train_loop import OneCycleAdamW
+from ray_jobs.train_loop import OneCycle
+from ray_jobs import features, trial
 layer = torch.nn.Linear(2, 2)
-optimizer = OneCycleAdamW(list(layer.parameters()), peak_lr=0.1, weight_decay=0.0, steps=2)
+optimizer = OneCycle(list(layer.parameters()), peak_lr=0.1, weight_decay=0.0, steps=2)
 layer(torch.ones(1, 2)).sum().backward()
 optimizer.step()
 assert "torch._dynamo" not in sys.modules and "sympy" not in sys.modules

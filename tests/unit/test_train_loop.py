@@ -15,7 +15,7 @@ from ray_jobs.cuts import Cuts
 from ray_jobs.features import FrozenPrefix, features_of
 from ray_jobs.groups import freeze, num_groups, set_mode
 from ray_jobs.preprocessing import normalise
-from ray_jobs.train_loop import Diverged, OneCycleAdamW, Recipe, Rows, SuffixTraining, class_weights
+from ray_jobs.train_loop import Diverged, OneCycle, Recipe, Rows, SuffixTraining, class_weights
 from ray_jobs.trial import normalised
 
 SIZE, TRAIN, VAL, CLASSES = 32, 24, 8, 3
@@ -84,7 +84,7 @@ def test_the_optimizer_steps_exactly_as_torchs_adamw_under_its_one_cycle_schedul
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4)).to(memory_format=torch.channels_last)
     theirs = copy.deepcopy(ours)
-    optimizer = OneCycleAdamW(list(ours.parameters()), peak_lr=3e-2, weight_decay=0.05, steps=10)
+    optimizer = OneCycle(list(ours.parameters()), peak_lr=3e-2, weight_decay=0.05, steps=10)
     reference = torch.optim.AdamW(theirs.parameters(), lr=3e-2, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(reference, 3e-2, total_steps=10)
     for _ in range(10):
@@ -102,7 +102,7 @@ def test_the_optimizer_steps_exactly_as_torchs_adamw_under_its_one_cycle_schedul
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7])
 def test_even_a_search_of_very_few_steps_has_a_schedule(steps: int) -> None:
     layer = nn.Linear(2, 2)
-    optimizer = OneCycleAdamW(list(layer.parameters()), peak_lr=1e-2, weight_decay=0.0, steps=steps)
+    optimizer = OneCycle(list(layer.parameters()), peak_lr=1e-2, weight_decay=0.0, steps=steps)
     for _ in range(steps):
         layer(torch.ones(1, 2)).sum().backward()
         optimizer.step()
@@ -174,3 +174,30 @@ def test_each_epoch_draws_a_view_for_each_train_row_and_one_view_draws_nothing()
 def test_features_stored_in_sixteen_bits_train_as_their_widened_values(kind: torch.dtype) -> None:
     stored_ND = torch.randn((TRAIN + VAL, 6), generator=torch.Generator().manual_seed(1)).to(kind)
     assert linear_training(RECIPE, stored_ND).epoch().val_loss == linear_training(RECIPE, stored_ND.float()).epoch().val_loss
+
+
+def test_sgd_steps_as_torchs_own_under_its_one_cycle_schedule() -> None:
+    torch.manual_seed(0)
+    ours, theirs = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = OneCycle(list(ours.parameters()), peak_lr=3e-2, weight_decay=0.05, steps=10, kind="sgd")
+    plain = torch.optim.SGD(theirs.parameters(), lr=3e-2, momentum=0.9, nesterov=True, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(plain, 3e-2, total_steps=10)
+    for _ in range(10):
+        x = torch.randn(5, 4)
+        ours(x).square().sum().backward()
+        optimizer.step()
+        plain.zero_grad()
+        theirs(x).square().sum().backward()
+        plain.step()
+        schedule.step()
+    assert torch.allclose(ours.weight, theirs.weight, atol=1e-6)
+
+
+def test_a_scale_slows_its_own_parameters_alone() -> None:
+    first, second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = OneCycle([first, second], peak_lr=1e-2, weight_decay=0.0, steps=10, kind="sgd", scales=[1.0, 0.5])
+    for _ in range(3):
+        (first.sum() + second.sum()).backward()
+        optimizer.step()
+    assert torch.allclose(1 - first, 2 * (1 - second))

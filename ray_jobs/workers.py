@@ -1,0 +1,79 @@
+"""Where the work of a step runs: in warm lanes on this machine's own cluster, or as plain Ray tasks on any other.
+
+A lane is an actor that loads torch once and serves every step of a command: data, backbone, features, probes and trials. Ray gives
+a new process to every actor, also to those of Tune, and a process that loads torch costs 5 s of CPU: a third of a small search.
+Lanes reserve nothing, so two commands at once share the machine instead of waiting for each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import ray
+
+from ray_jobs.light_timm import import_timm
+
+RETRIES = 3
+"""Work is repeated where its worker died; all of it is harmless to repeat."""
+
+
+class Lane:
+    """One warm process; does one thing at a time."""
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
+
+class _Open:
+    """The lanes of this process's connection, and what each still has to do."""
+
+    lanes: ClassVar[list[Any]] = []
+    waiting: ClassVar[list[list[Any]]] = []
+
+
+def open_lanes(count: int) -> None:
+    """Start lanes, and let them load what every step needs; nobody waits for it."""
+    make: Any = ray.remote(Lane).options(num_cpus=0, max_restarts=-1, max_task_retries=RETRIES, name=None)
+    _Open.lanes = [make.remote() for _ in range(count)]
+    _Open.waiting = [[lane.run.remote(load)] for lane in _Open.lanes]
+
+
+def close_lanes() -> None:
+    """Give their memory back."""
+    for lane in _Open.lanes:
+        ray.kill(lane)
+    _Open.lanes, _Open.waiting = [], []
+
+
+def lanes() -> list[Any]:
+    """The open lanes; none on a cluster elsewhere."""
+    return list(_Open.lanes)
+
+
+def submit(function: Callable[..., Any], *arguments: Any, name: str, resources: Mapping[str, float] | None = None) -> Any:
+    """Start `function(*arguments)` in the lane with the least to do, or as a task with these resources; the reference to its result."""
+    if not _Open.lanes:
+        options = {f"num_{kind}s": amount for kind, amount in (resources or {"cpu": 1}).items()}
+        task: Any = ray.remote(_call).options(name=name, max_retries=RETRIES, **options)
+        return task.remote(function, *arguments)
+    for references in _Open.waiting:
+        references[:] = ray.wait(references, num_returns=len(references), timeout=0)[1] if references else []
+    place = min(range(len(_Open.lanes)), key=lambda i: len(_Open.waiting[i]))
+    reference = _Open.lanes[place].run.remote(function, *arguments)
+    _Open.waiting[place].append(reference)
+    return reference
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def load() -> None:
+    """Load torch, timm and our own modules."""
+    import_timm()
+    import torch
+
+    from ray_jobs import backbone, cuts, dataset, feature_cache, features, trial  # noqa: F401
+
+    torch.set_num_threads(1)
