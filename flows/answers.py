@@ -102,7 +102,10 @@ def search(answer: dict[str, Any]) -> Group:
         result = (_percent(trial["accuracy"]), str(trial["epochs"]), trial["status"], f"{trial['seconds']:.1f}")
         table.add_row(str(trial["unfreeze_depth"]), f"{trial['lr']:.2g}", *others, *result)
     lines = [f"[dim]and {len(trials) - len(shown)} more[/]"] if len(trials) > len(shown) else []
-    return Group(table, *lines, *answer["decisions"], _cost(answer["cost"]), Text(answer["search"]["leaderboard_uri"], overflow="fold"))
+    places = Table.grid(padding=(0, 2))
+    for name, place in (("leaderboard", answer["search"]["leaderboard_uri"]), ("report", answer["report_path"])):
+        places.add_row(Text(name, style="dim"), Text(place, overflow="fold"))
+    return Group(table, *lines, *answer["decisions"], _cost(answer["cost"]), places)
 
 
 def _cost(cost: dict[str, Any]) -> str:

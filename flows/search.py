@@ -1,4 +1,4 @@
-"""The search alone: prepare -> cache -> search, with its leaderboard."""
+"""The search alone: prepare -> cache -> search -> report, with its leaderboard."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from ray_jobs.spec import Spec
+from tasks.announcing import announce_search
 from tasks.backbones import prepare_backbone
 from tasks.datasets import prepare_data
 from tasks.features import cache_features
 from tasks.outcome import search_outcome
 from tasks.planning import plan_search
+from tasks.report_content import report_search
 from tasks.search import past_points, record_search, run_search
 
 
@@ -24,5 +26,7 @@ def search(spec: Spec) -> dict[str, Any]:
     plan = plan_search(spec, dataset, backbone)
     features = cache_features(spec, dataset, backbone, plan)
     found = run_search(spec, dataset, backbone, features, plan, past_points(spec, dataset, backbone))
-    record_search(spec, dataset, backbone, found)
-    return search_outcome(dataset, found, flow_run.get_id())
+    run_id = record_search(spec, dataset, backbone, found)
+    report = report_search(spec, {"dataset": dataset, "features": features, "search": found}, run_id)
+    announce_search(spec.name, found["trials_detail"], report["link"])
+    return search_outcome(dataset, found, report, flow_run.get_id())

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -110,6 +112,14 @@ def write_run(experiment: str, record: RunRecord) -> str:
     with translated():
         kept = _keep_finished(experiment, f"tags.`{IDENTITY_TAG}` = '{record.identity}'")
         return kept.get(record.identity) or _write(experiment, record, parent=None)
+
+
+def add_file(run_id: str, path: Path, *, as_name: str) -> None:
+    """Put a file beside a run that is written already, in place of one of that name."""
+    with translated(), tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / as_name
+        shutil.copyfile(path, copy)
+        client().log_artifact(run_id, str(copy))
 
 
 def write_children(experiment: str, parent_run_id: str, records: Sequence[RunRecord]) -> None:

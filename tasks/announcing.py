@@ -1,4 +1,4 @@
-"""The step that shows a retraining's result on Prefect's page: a summary, the leaderboard, a link to the report."""
+"""The steps that show a result on Prefect's page: a summary, the leaderboard, a link to the report."""
 
 from __future__ import annotations
 
@@ -14,16 +14,31 @@ MOST_ROWS = 100
 @effect(name="announce", timeout_s=120)
 def announce(name: str, outcome: dict[str, Any], trials: list[dict[str, Any]], report_link: str) -> None:
     """Create the flow run's artifacts."""
-    key = "".join(character if character.isalnum() else "-" for character in name.lower()).strip("-")
-    create_markdown_artifact(summary(outcome), key=f"{key}-summary", description=f"What the retraining of {name} found")
+    create_markdown_artifact(summary(outcome), key=_key(name, "summary"), description=f"What the retraining of {name} found")
+    _leaderboard(name, trials)
+    create_link_artifact(
+        report_link, link_text="The report", key=_key(name, "report"), description="Search, learning curves, evaluation, mistakes"
+    )
+
+
+@effect(name="announce search", timeout_s=120)
+def announce_search(name: str, trials: list[dict[str, Any]], report_link: str) -> None:
+    """Create the artifacts of a search's flow run."""
+    _leaderboard(name, trials)
+    said = "Landscape, learning curves, cost against accuracy, what was stopped and why"
+    create_link_artifact(report_link, link_text="The report", key=_key(name, "search-report"), description=said)
+
+
+def _leaderboard(name: str, trials: list[dict[str, Any]]) -> None:
     rows = sorted(trials, key=lambda trial: -(trial["accuracy"] or 0.0))[:MOST_ROWS]
     columns = ("unfreeze_depth", "lr", "accuracy", "epochs", "status", "seconds")
-    create_table_artifact(
-        [{column: row[column] for column in columns} for row in rows], key=f"{key}-leaderboard", description="Trials, best first"
-    )
-    create_link_artifact(
-        report_link, link_text="The report", key=f"{key}-report", description="Search, learning curves, evaluation, mistakes"
-    )
+    table = [{column: row[column] for column in columns} for row in rows]
+    create_table_artifact(table, key=_key(name, "leaderboard"), description="Trials, best first")
+
+
+def _key(name: str, what: str) -> str:
+    """An artifact's key: lower case letters, digits and dashes."""
+    return "".join(character if character.isalnum() else "-" for character in name.lower()).strip("-") + f"-{what}"
 
 
 def summary(outcome: dict[str, Any]) -> str:

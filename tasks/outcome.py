@@ -77,7 +77,7 @@ def skipped(outcome: dict[str, Any], flow_run_id: str | None, total_s: float) ->
     return {**outcome, "status": "skipped", "flow_run_id": flow_run_id, "seconds": seconds}
 
 
-def search_outcome(dataset: dict[str, Any], search: dict[str, Any], flow_run_id: str | None) -> dict[str, Any]:
+def search_outcome(dataset: dict[str, Any], search: dict[str, Any], report: dict[str, str], flow_run_id: str | None) -> dict[str, Any]:
     """What `search --json` prints."""
     columns = (*TrialConfig.__dataclass_fields__, "accuracy", "last_accuracy", "epochs", "epochs_run", "status", "reason", "seconds")
     trials = [{column: trial[column] for column in columns} for trial in search["trials_detail"]]
@@ -88,6 +88,8 @@ def search_outcome(dataset: dict[str, Any], search: dict[str, Any], flow_run_id:
         "trials_detail": trials,
         "cost": search["cost"],
         "decisions": search["decisions"],
+        "report": report["uri"],
+        "report_path": report["path"],
     }
 
 

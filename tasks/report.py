@@ -1,30 +1,23 @@
-"""The report: one self-contained HTML page that says what was found, what serves now, and why."""
+"""The report of a retraining: one self-contained HTML page that says what was found, what serves now, and why."""
 
 from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
 from PIL import Image
-from plotly.offline import get_plotlyjs
 
 from ray_jobs import preprocessing
-from tasks import report_figures, report_search_figures, report_words
+from tasks import report_figures, report_search, report_words
+from tasks.report_page import KeyFigure, render_page
 from tasks.report_words import Values
 
-TEMPLATE = "report.html.j2"
-MOST_SAMPLES, MOST_MISTAKES, MOST_ROWS, MOST_TRIALS = 60, 48, 20, 50
+MOST_SAMPLES, MOST_MISTAKES, MOST_ROWS = 60, 48, 20
 MOST_PIXELS = 100_000_000
 DATA_URI = re.compile(r"data:image/(?:png|jpeg|webp|gif);base64,[A-Za-z0-9+/=]+")
 STEPS = ("prepare", "cache", "search", "fit", "evaluate", "publish")
@@ -50,49 +43,42 @@ class ReportContent:
     mistakes: list[dict[str, Any]]
     decision: dict[str, Any]
     seconds: dict[str, float]
-    cost: dict[str, Any]
+    features: dict[str, Any]
 
 
 def render(content: ReportContent) -> str:
-    """The whole page as text; nothing in it asks the network for anything."""
-    classes = [str(label) for label in content.dataset["classes"]]
-    figures = drawn(content, classes)
-    page = _environment().get_template(TEMPLATE).render(
+    """The whole page as text."""
+    return render_page(
+        "report.html.j2",
+        spec=content.spec,
+        figures=figures(content),
         content=content,
-        classes=classes,
-        figures=figures,
-        figures_json=for_script(figures),
+        classes=[str(label) for label in content.dataset["classes"]],
         key_figures=key_figures(content),
         models=models(content.evaluation),
         class_rows=class_rows(content.evaluation),
-        trials=leaderboard(content.search),
         samples=with_images(some_samples(content.samples)),
         mistakes=with_images(content.mistakes)[:MOST_MISTAKES],
-        spec_text=json.dumps(content.spec, indent=2, ensure_ascii=False),
         most_rows=MOST_ROWS,
-        plotly_js=get_plotlyjs(),
-    )  # fmt: skip
-    return re.sub(r"[\ud800-\udfff\x00]", "\ufffd", page)  # labels from file names that are no UTF-8: the page must still be writable
+        **report_search.section(content.search, content.spec, content.dataset, content.features),
+    )
 
 
-def drawn(content: ReportContent, classes: Sequence[str]) -> dict[str, report_figures.Figure]:
-    """Every figure that has something to show, by name."""
-    search, evaluation = content.search, content.evaluation
-    figures = {
+def figures(content: ReportContent) -> dict[str, report_figures.Figure | None]:
+    """Every figure by name, the search's among them."""
+    evaluation = content.evaluation
+    return {
         "comparison": report_figures.comparison(evaluation),
-        "landscape": report_search_figures.landscape(search),
-        "depths": report_search_figures.accuracy_by_depth(search),
-        "curves": report_search_figures.learning_curves(search),
-        "fit": report_figures.fit_curves(content.fit, search.get("probe") or {}),
-        "confusion": report_figures.confusion_matrix(evaluation["challenger"], classes),
+        **report_search.figures(content.search),
+        "fit": report_figures.fit_curves(content.fit, content.search.get("probe") or {}),
+        "confusion": report_figures.confusion_matrix(evaluation["challenger"], [str(label) for label in content.dataset["classes"]]),
         "calibration": report_figures.calibration(evaluation),
         "counts": report_figures.class_counts(content.stats),
         "seconds": report_figures.step_seconds(in_order(content.seconds)),
     }
-    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def key_figures(content: ReportContent) -> list[tuple[str, str, str]]:
+def key_figures(content: ReportContent) -> list[KeyFigure]:
     """(name, value, remark) of the handful of numbers that a lead looks at first."""
     challenger, champion = content.evaluation["challenger"], content.evaluation.get("champion")
     low, high = report_words.wilson(report_words.number(challenger.get("accuracy")), int(challenger.get("images") or 0))
@@ -134,12 +120,6 @@ def gain(f1: float | None, other: Values | None) -> float | None:
     return None if f1 is None or before is None else round(100 * (f1 - before), 1)
 
 
-def leaderboard(search: Values) -> list[Values]:
-    """The best trials first, those without a result last."""
-    ranked = sorted(search.get("trials_detail") or [], key=lambda trial: -(report_words.number(trial.get("accuracy")) or -1.0))
-    return ranked[:MOST_TRIALS]
-
-
 def in_order(seconds: Mapping[str, float]) -> dict[str, float]:
     """Steps in the order in which they happen, unknown ones after them."""
     return {name: seconds[name] for name in (*STEPS, *(name for name in seconds if name not in STEPS)) if name in seconds}
@@ -173,45 +153,3 @@ def thumbnail(data: bytes, side: int = 96) -> str:
     except (preprocessing.BadImageError, OSError):  # a missing picture must not cost the report
         return ""
     return "data:image/webp;base64," + base64.b64encode(written.getvalue()).decode("ascii")
-
-
-def for_script(values: Any) -> Markup:
-    """JSON that is safe inside a <script> element, with NaN as null."""
-    text = json.dumps(finite(values), separators=(",", ":"), allow_nan=False)
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
-
-
-def finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
-    if isinstance(value, float):
-        return (
-            None if report_words.number(value) is None else float(f"{value:.5g}")
-        )  # more digits than a screen shows only make the page heavier
-    return value
-
-
-def when(created_at: str) -> str:
-    """An ISO time as a person reads it, in UTC."""
-    try:
-        moment = datetime.fromisoformat(created_at)
-    except ValueError:
-        return created_at
-    return f"{moment.astimezone(UTC) if moment.tzinfo else moment:%-d %B %Y, %H:%M} UTC"
-
-
-@cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "percent": report_words.percent, "rate": report_words.rate, "duration": report_words.duration, "plain": report_words.plain,
-        "words": report_words.words_of, "counted": report_words.counted, "number": report_words.number, "when": when,
-    }  # fmt: skip
-    environment.globals |= {"words_about": report_words}
-    return environment

@@ -17,10 +17,10 @@ from ray_jobs.dataset import Dataset, open_dataset
 from ray_jobs.spec import Spec, digest_of
 from tasks.policies import effect
 from tasks.registration import git_commit
-from tasks.report import ReportContent, render, thumbnail
 from tasks.search import common_tags
 
 SAMPLES_PER_CLASS = 2
+REPORT = "report.html"
 VERSIONS = ("torch", "timm", "ray", "mlflow", "prefect")
 
 
@@ -34,6 +34,8 @@ def example_image(dataset: dict[str, Any]) -> bytes:
 @effect(name="render report", timeout_s=600)
 def render_report(spec: Spec, parts: dict[str, Any]) -> str:
     """The report of one retraining as HTML text, the same for the same parts."""
+    from tasks.report import ReportContent, render  # plotly takes its time to load; here and below a search has loaded it meanwhile
+
     with progress.step("Rendering the report"):
         dataset = _open(parts["dataset"])
         fit, evaluation = parts["fit"], parts["evaluation"]
@@ -41,7 +43,7 @@ def render_report(spec: Spec, parts: dict[str, Any]) -> str:
             name=spec.name,
             created_at=evaluation["at"],
             spec=spec.model_dump(mode="json"),
-            versions={name: importlib.metadata.version(name) for name in VERSIONS},
+            versions=_versions(),
             git_commit=git_commit(),
             dataset=parts["dataset"],
             stats=dataset.stats,
@@ -54,7 +56,7 @@ def render_report(spec: Spec, parts: dict[str, Any]) -> str:
             mistakes=_mistakes(dataset, evaluation["mistakes"]),
             decision=parts["decision"],
             seconds=parts["seconds"],
-            cost=parts["search"]["cost"],
+            features=parts["features"],
         )
         return render(content)
 
@@ -63,18 +65,45 @@ def render_report(spec: Spec, parts: dict[str, Any]) -> str:
 def record_evaluation(spec: Spec, parts: dict[str, Any], report: str) -> dict[str, str]:
     """The evaluation's run in MLflow, the report beside it there, on Prefect's page and on this disk; where the report can be opened."""
     evaluation, version = parts["evaluation"], parts["decision"]["version"]
-    path = settings.home_dir() / "reports" / f"{spec.name}-{version}.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report, encoding="utf-8", errors="replace")
+    path = _local_copy(f"{spec.name}-{version}", report)
     with progress.step("Recording the evaluation in MLflow"), tempfile.TemporaryDirectory() as scratch:
         figures = Path(scratch) / "evaluation.json"
         figures.write_text(json.dumps(evaluation["evaluation"], indent=1))
-        copy = Path(scratch) / "report.html"
+        copy = Path(scratch) / REPORT
         copy.write_text(report, encoding="utf-8", errors="replace")
         experiment = tracking.experiment_id(spec.name)
-        run_id = tracking.write_run(experiment, _evaluation_record(spec, parts, {"evaluation.json": figures, "report.html": copy}))
-    link = f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/#/experiments/{experiment}/runs/{run_id}/artifacts/report.html"
-    return {"path": str(path), "link": link, "run_id": run_id}
+        run_id = tracking.write_run(experiment, _evaluation_record(spec, parts, {"evaluation.json": figures, REPORT: copy}))
+    return {"path": str(path), "link": _link(experiment, run_id), "run_id": run_id}
+
+
+@effect(name="report search", timeout_s=600)
+def report_search(spec: Spec, parts: dict[str, Any], run_id: str) -> dict[str, str]:
+    """The page of a search, on this disk and beside its run in MLflow: its path, its URI, and the link by which MLflow shows it."""
+    from tasks.report_search import SearchContent, render
+
+    with progress.step("Rendering the report"):
+        content = SearchContent(
+            name=spec.name, spec=spec.model_dump(mode="json"), versions=_versions(), git_commit=git_commit(), dataset=parts["dataset"],
+            search=parts["search"], features=parts["features"],
+        )  # fmt: skip
+        path = _local_copy(f"{spec.name}-search-{parts['search']['search_id'][:8]}", render(content))
+        tracking.add_file(run_id, path, as_name=REPORT)
+    return {"path": str(path), "uri": f"runs:/{run_id}/{REPORT}", "link": _link(tracking.experiment_id(spec.name), run_id)}
+
+
+def _local_copy(name: str, report: str) -> Path:
+    path = settings.home_dir() / "reports" / f"{name}.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(report, encoding="utf-8", errors="replace")
+    return path
+
+
+def _link(experiment: str, run_id: str) -> str:
+    return f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/#/experiments/{experiment}/runs/{run_id}/artifacts/{REPORT}"
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in VERSIONS}
 
 
 def _evaluation_record(spec: Spec, parts: dict[str, Any], files: dict[str, Path]) -> RunRecord:
@@ -111,6 +140,8 @@ def _open(dataset: dict[str, Any]) -> Dataset:
 
 
 def _samples(dataset: Dataset) -> list[dict[str, Any]]:
+    from tasks.report import thumbnail
+
     wanted = dict.fromkeys(dataset.classes, SAMPLES_PER_CLASS)
     samples: dict[str, list[dict[str, Any]]] = {label: [] for label in dataset.classes}
     for row, image in dataset.images(["train"]):
@@ -124,6 +155,8 @@ def _samples(dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def _mistakes(dataset: Dataset, mistakes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    from tasks.report import thumbnail
+
     wanted = {mistake["sha256"] for mistake in mistakes}
     images = {row.sha256: image for row, image in dataset.images(["holdout"]) if row.sha256 in wanted} if wanted else {}
     return [{**mistake, "image": thumbnail(images[mistake["sha256"]])} for mistake in mistakes if mistake["sha256"] in images]

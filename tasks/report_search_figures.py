@@ -1,16 +1,21 @@
-"""The search's figures: the landscape of trials, accuracy by depth, and learning curves."""
+"""The search's figures: the landscape of trials, accuracy by depth and by every other dimension, and learning curves.
+
+A trace that names its trials in `customdata` under `meta` = TRIALS is given their descriptions by the page, which holds each once.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from tasks.report_figures import CHALLENGER, CHAMPION, NEUTRAL, Figure, accuracy_window, epoch_ticks, finished
-from tasks.report_words import Values, best_by_depth, best_trial, duration, number, percent, plot_text, rate
+from tasks.report_search_words import best_by_depth, best_trial, usable, value_of, varied
+from tasks.report_words import Values, duration, number, percent, plot_text, rate, words_of
 
 ACCURACY_SCALE = sample_colorscale("Plasma", [0.2 + 0.62 * i / 8 for i in range(9)])
 STATUSES = {
@@ -22,6 +27,10 @@ STATUSES = {
 }
 MOST_CURVES = 200
 MOST_MARKS = 1500
+MOST_CATEGORIES = 8
+TRIALS = "trials"
+CURVE_HOVER = {"meta": TRIALS, "hovertemplate": "%{text}<br>here: epoch %{x}, %{y:.1%}<extra></extra>"}
+HOVER = {"meta": TRIALS, "hovertemplate": "%{text}<extra></extra>"}
 
 
 def landscape(search: Values) -> Figure | None:
@@ -47,7 +56,7 @@ def landscape(search: Values) -> Figure | None:
             text=[f"<b>best {percent(best['accuracy'])}</b>"], textposition=side,
             marker={"symbol": "circle-open", "size": size + 10, "color": CHALLENGER, "line": {"width": 3}},
         )  # fmt: skip
-    figure.update_xaxes(title="learning rate (log scale)", type="log", **lr_ticks([float(trial["lr"]) for trial in trials]))
+    figure.update_xaxes(title="learning rate (log scale)", type="log", **decade_ticks([float(trial["lr"]) for trial in trials]))
     figure.update_yaxes(
         title="unfreeze depth (groups)",
         tickvals=list(row.values()),
@@ -57,7 +66,7 @@ def landscape(search: Values) -> Figure | None:
     low, high = colour_range(trials)
     bar = {"title": {"text": "val<br>accuracy", "font": {"size": 13}}, "tickformat": ".0%", "thickness": 10, "outlinewidth": 0, "nticks": 5}
     figure.update_layout(coloraxis={"colorscale": ACCURACY_SCALE, "cmin": low, "cmax": high, "colorbar": bar})
-    few = {"xaxis": lr_ticks([float(trial["lr"]) for trial in trials], roomy=False)}
+    few = {"xaxis": decade_ticks([float(trial["lr"]) for trial in trials], roomy=False)}
     return finished(figure, height=min(620, max(320, 150 + 62 * len(depths))), narrow=few)
 
 
@@ -72,7 +81,7 @@ def _add_trials(figure: Any, trials: Sequence[Values], status: str, size: int, p
             figure.add_scatter(
                 x=[float(trial["lr"]) for trial in group], y=[place[id(trial)] for trial in group], mode="markers", legendgroup=status,
                 marker={"symbol": symbol, "size": size, "color": shade, "line": {"width": 0 if symbol == "circle" else 2}, **colour},
-                showlegend=False, text=[describe_trial(trial) for trial in group], hovertemplate="%{text}<extra></extra>",
+                showlegend=False, customdata=named(group), **HOVER,
             )  # fmt: skip
     key = {"symbol": symbol, "size": 10, "color": NEUTRAL, "line": {"width": 0 if symbol == "circle" else 2}}
     figure.add_scatter(
@@ -87,14 +96,14 @@ def accuracy_by_depth(search: Values) -> Figure | None:
         return None
     colours, depths = depth_colours(search), list(best)
     figure = go.Figure()
-    trials = sampled([trial for trial in search["trials_detail"] if number(trial.get("accuracy")) is not None], MOST_MARKS)
+    trials = sampled(usable(search), MOST_MARKS)
     figure.add_scatter(
         x=[depths.index(int(trial["unfreeze_depth"])) + 0.22 * spread(index) for index, trial in enumerate(trials)],
         y=[trial["accuracy"] for trial in trials], mode="markers", name="a trial",
         marker={
-            "size": 7 if len(trials) <= 200 else 5, "opacity": 0.5, "color": [colours[int(trial["unfreeze_depth"])] for trial in trials],
+            "size": 7 if len(trials) <= 200 else 5, "opacity": 0.65, "color": [colours[int(trial["unfreeze_depth"])] for trial in trials],
         },
-        text=[describe_trial(trial) for trial in trials], hovertemplate="%{text}<extra></extra>", showlegend=False,
+        customdata=named(trials), showlegend=False, **HOVER,
     )  # fmt: skip
     tops = [best[depth]["accuracy"] for depth in depths]
     figure.add_scatter(
@@ -112,41 +121,76 @@ def accuracy_by_depth(search: Values) -> Figure | None:
     return finished(figure, height=340)
 
 
+def by_dimension(search: Values) -> dict[str, Figure]:
+    """A panel for each dimension besides depth and learning rate that varies: val accuracy by its value, coloured by depth."""
+    trials, colours = sampled(usable(search), MOST_MARKS // 2), depth_colours(search)
+    return {f"by-{name}": _panel(trials, name, colours) for name in varied(search) if trials}
+
+
+def _panel(trials: Sequence[Values], name: str, colours: Mapping[int, str]) -> Figure:
+    shown = [trial for trial in trials if trial.get(name) is not None]
+    values = sorted({trial[name] for trial in shown}, key=lambda value: (str(type(value)), value))
+    figure = go.Figure()
+    if len(values) <= MOST_CATEGORIES:
+        places: list[Any] = [values.index(trial[name]) + 0.2 * spread(index) for index, trial in enumerate(shown)]
+        figure.update_xaxes(
+            tickvals=list(range(len(values))), ticktext=[plot_text(value_of({name: value}, name)) for value in values],
+            range=[-0.5, len(values) - 0.5], showgrid=False,
+        )  # fmt: skip
+    else:
+        places = [trial[name] for trial in shown]
+        if min(values) > 0 and max(values) > 10 * min(values):
+            figure.update_xaxes(type="log", **decade_ticks([float(value) for value in values], roomy=False))
+    figure.add_scatter(
+        x=places, y=[trial["accuracy"] for trial in shown], mode="markers", showlegend=False, customdata=named(shown), **HOVER,
+        marker={"size": 7 if len(shown) <= 200 else 4, "opacity": 0.7, "color": [colours[int(trial["unfreeze_depth"])] for trial in shown]},
+    )  # fmt: skip
+    figure.update_xaxes(title=words_of(name))
+    figure.update_yaxes(title="val accuracy", tickformat=".0%", nticks=5, range=accuracy_window([trial["accuracy"] for trial in shown]))
+    return finished(figure, height=240)
+
+
 def learning_curves(search: Values) -> Figure | None:
-    """Val accuracy by epoch of every trial, coloured by depth; a stopped trial ends where it was stopped."""
+    """Val accuracy by epoch of every trial, coloured by depth; rungs are marked, and a stopped trial ends where it was stopped."""
     trials = sampled([trial for trial in search.get("trials_detail") or [] if points_of(trial)], MOST_CURVES)
     if not trials:
         return None
-    colours, best = depth_colours(search), best_trial(search)
-    width, opacity = (1.8, 0.85) if len(trials) <= 24 else (1.0, 0.5) if len(trials) <= 80 else (0.8, 0.35)
-    figure = go.Figure()
-    for depth, colour in colours.items():
-        of_depth = [trial for trial in trials if int(trial["unfreeze_depth"]) == depth]
-        if not of_depth:
-            continue
-        xs, ys, texts = joined_curves(of_depth)
-        figure.add_scatter(
-            x=xs, y=ys, text=texts, mode="lines+markers" if len(trials) <= 24 else "lines", legendgroup=str(depth), showlegend=False,
-            line={"color": colour, "width": width}, marker={"size": 4}, opacity=opacity, hovertemplate="%{text}<extra></extra>",
-        )  # fmt: skip
-        figure.add_scatter(
-            x=[None], y=[None], mode="lines", name=f"depth {depth}", legendgroup=str(depth), line={"color": colour, "width": 3}
-        )
-        ends = [points_of(trial)[-1] for trial in of_depth if trial.get("status") == "stopped"]
-        figure.add_scatter(
-            x=[end[0] for end in ends], y=[end[1] for end in ends], mode="markers", legendgroup=str(depth), showlegend=False,
-            marker={"symbol": "circle-open", "size": 8 if len(trials) <= 80 else 5, "color": colour, "line": {"width": 1.5}},
-            opacity=max(opacity, 0.5), hoverinfo="skip",
-        )  # fmt: skip
+    best, figure = best_trial(search), go.Figure()
+    for depth, colour in depth_colours(search).items():
+        _add_curves(figure, [trial for trial in trials if int(trial["unfreeze_depth"]) == depth], depth, colour, len(trials))
     if best and points_of(best):
-        xs, ys, texts = joined_curves([best])
+        xs, ys, names = joined_curves([best])
         figure.add_scatter(
-            x=xs, y=ys, text=texts, mode="lines+markers", name=f"best (depth {best['unfreeze_depth']})",
-            line={"color": CHAMPION, "width": 3.5}, marker={"size": 6}, hovertemplate="%{text}<extra></extra>",
+            x=xs, y=ys, customdata=names, mode="lines+markers", name=f"best (depth {best['unfreeze_depth']})",
+            line={"color": CHAMPION, "width": 3.5}, marker={"size": 6}, **CURVE_HOVER,
         )  # fmt: skip
-    figure.update_xaxes(title="epoch", **epoch_ticks(max(point[0] for trial in trials for point in points_of(trial))))
+    for rung in sorted({int(judged["rung"]) for judged in search.get("rungs") or []}):
+        figure.add_vline(rung, line={"color": NEUTRAL, "width": 1, "dash": "dot"}, layer="below")
+        figure.add_annotation(x=rung, xanchor="left", y=0, yref="paper", yanchor="bottom", text="rung", showarrow=False, textangle=-90)
+    last = max(point[0] for trial in trials for point in points_of(trial))
+    figure.update_xaxes(title="epoch", range=[0.6, last + 0.4] if last < 12 else None, **epoch_ticks(last))
     figure.update_yaxes(title="val accuracy", tickformat=".0%")
     return finished(figure, height=400)
+
+
+def _add_curves(figure: Any, trials: Sequence[Values], depth: int, colour: str, count: int) -> None:
+    """The curves of one depth, of `count` that are drawn in all, with a ring at the end of those that were stopped."""
+    if not trials:
+        return
+    width, opacity = (1.8, 0.85) if count <= 24 else (1.0, 0.5) if count <= 80 else (0.8, 0.35)
+    xs, ys, names = joined_curves(trials)
+    figure.add_scatter(
+        x=xs, y=ys, customdata=names, mode="lines+markers" if count <= 24 else "lines", legendgroup=str(depth), showlegend=False,
+        line={"color": colour, "width": width}, marker={"size": 4}, opacity=opacity, **CURVE_HOVER,
+    )  # fmt: skip
+    figure.add_scatter(x=[None], y=[None], mode="lines", name=f"depth {depth}", legendgroup=str(depth), line={"color": colour, "width": 3})
+    stopped = [trial for trial in trials if trial.get("status") == "stopped"]
+    ends = [points_of(trial)[-1] for trial in stopped]
+    figure.add_scatter(
+        x=[end[0] for end in ends], y=[end[1] for end in ends], mode="markers", legendgroup=str(depth), showlegend=False,
+        marker={"symbol": "circle-open", "size": 8 if count <= 80 else 5, "color": colour, "line": {"width": 1.5}},
+        opacity=max(opacity, 0.5), customdata=named(stopped), **HOVER,
+    )  # fmt: skip
 
 
 def sampled(trials: Sequence[Values], most: int) -> list[Values]:
@@ -165,34 +209,48 @@ def points_of(trial: Values) -> list[tuple[int, float]]:
 
 
 def joined_curves(trials: Sequence[Values]) -> tuple[list[int | None], list[float | None], list[str]]:
-    """Many curves as one line with gaps: a thousand trials stay as quick to draw as one."""
+    """Many curves as one line with gaps, and the trial of each point: a thousand trials stay as quick to draw as one."""
     xs: list[int | None] = []
     ys: list[float | None] = []
-    texts: list[str] = []
-    for trial in trials:
+    names: list[str] = []
+    for trial, name in zip(trials, named(trials), strict=True):
         points = points_of(trial)
         xs += [*(epoch for epoch, _ in points), None]
         ys += [*(value for _, value in points), None]
-        name = f"trial {plot_text(trial.get('trial_id', '?'))}, depth {trial['unfreeze_depth']}, learning rate {rate(trial.get('lr'))}"
-        texts += [*(f"{name}<br>epoch {epoch}: {percent(value)}" for epoch, value in points), ""]
-    return xs, ys, texts
+        names += [name] * (len(points) + 1)
+    return xs, ys, names
 
 
-def describe_trial(trial: Values) -> str:
-    """Everything about one trial, for the hover."""
+def named(trials: Sequence[Values]) -> list[str]:
+    return [str(trial.get("trial_id", "?")) for trial in trials]
+
+
+def descriptions(search: Values) -> dict[str, str]:
+    """The hover text of every trial, by its name."""
+    others = varied(search)
+    trials = search.get("trials_detail") or []
+    return dict(zip(named(trials), (describe_trial(trial, others) for trial in trials), strict=True))
+
+
+def describe_trial(trial: Values, others: Sequence[str] = ()) -> str:
+    """Everything about one trial, for the hover; `others` are the dimensions that vary besides depth and learning rate."""
     last = (trial.get("curve") or [{}])[-1]
-    lines = [
-        f"<b>trial {plot_text(trial.get('trial_id', '?'))}</b>: {STATUSES[known_status(trial)][0]}",
-        f"val accuracy {percent(trial.get('accuracy'))}",
-        f"unfreeze depth {trial.get('unfreeze_depth')}, learning rate {rate(trial.get('lr'))}",
-        f"{trial.get('epochs', '?')} epochs, {duration(trial.get('seconds'))}",
-    ]
     losses = [
         f"{words} {value:.3f}"
         for words, key in (("val loss", "val_loss"), ("train loss", "train_loss"))
         if (value := number(last.get(key))) is not None
     ]
-    return "<br>".join(lines + [", ".join(losses)] * bool(losses))
+    reason = plot_text(" ".join(str(trial.get("reason") or "").split()), 200)
+    lines = [
+        f"<b>trial {plot_text(trial.get('trial_id', '?'))}</b>: {STATUSES[known_status(trial)][0]}",
+        f"val accuracy {percent(trial.get('accuracy'))}",
+        f"unfreeze depth {trial.get('unfreeze_depth')}, learning rate {rate(trial.get('lr'))}",
+        ", ".join(f"{words_of(name)} {plot_text(value_of(trial, name))}" for name in others),
+        f"{trial.get('epochs', '?')} epochs, {duration(trial.get('seconds'))}",
+        ", ".join(losses),
+        *textwrap.wrap(reason, 56, break_long_words="&" not in reason),  # never within an escape such as &lt;
+    ]
+    return "<br>".join(line for line in lines if line)
 
 
 def known_status(trial: Values) -> str:
@@ -202,7 +260,7 @@ def known_status(trial: Values) -> str:
 def depth_colours(search: Values) -> dict[int, str]:
     """One colour a depth, from dark (shallow) to light (deep)."""
     depths = sorted({int(trial["unfreeze_depth"]) for trial in search.get("trials_detail") or []})
-    steps = [0.25 + 0.62 * index / max(1, len(depths) - 1) for index in range(len(depths))]
+    steps = [0.3 + 0.57 * index / max(1, len(depths) - 1) for index in range(len(depths))]
     return dict(zip(depths, sample_colorscale("Viridis", steps), strict=True)) if depths else {}
 
 
@@ -214,14 +272,14 @@ def colour_range(trials: Sequence[Values]) -> tuple[float, float]:
     return min(values[len(values) // 10], values[-1] - 0.01), values[-1]
 
 
-def lr_ticks(rates: Sequence[float], *, roomy: bool = True) -> dict[str, Any]:
+def decade_ticks(values: Sequence[float], *, roomy: bool = True, text: Callable[[float], str] = rate) -> dict[str, Any]:
     """Plain numbers at 1, 2, 5 of each decade (at 1 alone where there are many decades), and a range with room at both ends."""
-    low, high = math.log10(min(rates)), math.log10(max(rates))
+    low, high = math.log10(min(values)), math.log10(max(values))
     margin = max(0.12, 0.06 * (high - low))
     steps = (1, 2, 5) if high - low <= (2.2 if roomy else 0.9) else (1, 3) if high - low <= (3.5 if roomy else 1.6) else (1,)
-    values = [step * 10.0**decade for decade in range(math.floor(low - margin), math.ceil(high + margin) + 1) for step in steps]
-    inside = [value for value in values if low - margin <= math.log10(value) <= high + margin]
-    return {"tickvals": inside, "ticktext": [rate(value) for value in inside], "range": [low - margin, high + margin], "tickangle": 0}
+    ticks = [step * 10.0**decade for decade in range(math.floor(low - margin), math.ceil(high + margin) + 1) for step in steps]
+    inside = [tick for tick in ticks if low - margin <= math.log10(tick) <= high + margin]
+    return {"tickvals": inside, "ticktext": [text(tick) for tick in inside], "range": [low - margin, high + margin], "tickangle": 0}
 
 
 def spread(index: int) -> float:

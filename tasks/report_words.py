@@ -32,69 +32,6 @@ def headline(name: str, decision: Values, chosen: str) -> str:
     return f"{name} {serving}: {what} reached {percent(challenger)} {metric} and does not beat its {percent(incumbent)}{by}."
 
 
-def finding(search: Values, fit: Values) -> str:
-    """What the search found, in one sentence."""
-    best, trials = search.get("best") or {}, int(search.get("trials") or 0)
-    if number(best.get("accuracy")) is None:
-        return f"None of {counted(trials, 'trial')} gave a usable model."
-    depth = "the linear probe (unfreeze depth 0)" if best.get("unfreeze_depth") == 0 else f"unfreeze depth {best.get('unfreeze_depth')}"
-    found = (
-        f"Of {counted(trials, 'trial')}, {depth} with learning rate {rate(best.get('lr'))} was best ({percent(best['accuracy'])} on val)"
-    )
-    trained = f"; trained again on {counted(fit.get('workers') or 1, 'worker')} it reaches {percent(fit.get('accuracy'))}"
-    return found + (trained if number(fit.get("accuracy")) is not None else "") + "."
-
-
-def does_deeper_pay(search: Values) -> str:
-    """Where going deeper stops paying, and what an epoch costs there."""
-    best = best_by_depth(search)
-    if len(best) < 2:
-        return "Only one depth gave results, so there is nothing to compare."
-    depths = list(best)
-    top = max(best[depth]["accuracy"] for depth in depths)
-    enough = next(
-        depth for depth in depths if best[depth]["accuracy"] >= top - 0.005
-    )  # half a point is within the noise of such a val split
-    shallow, deepest = best[depths[0]], depths[-1]
-    reached = f"{percent(best[enough]['accuracy'])}, {apart(best[enough]['accuracy'], shallow['accuracy'])} depth {depths[0]}"
-    if enough == depths[0]:
-        said = f"Deeper does not pay here: depth {enough} already reaches {percent(best[enough]['accuracy'])}"
-    elif enough == deepest:
-        said = f"It pays to the end: depth {enough} reaches {reached}, and no shallower one comes within half a point"
-    else:
-        said = f"Depth {enough} is enough: it reaches {reached}"
-    if enough != deepest:
-        said += f"; depth {deepest} reaches {percent(best[deepest]['accuracy'])}"
-    per_epoch = epoch_seconds_by_depth(search)
-    if enough != deepest and per_epoch.get(enough) and per_epoch.get(deepest):
-        said += f" at {per_epoch[deepest] / per_epoch[enough]:.1f} times the time of an epoch"
-    return said + "."
-
-
-def epoch_seconds_by_depth(search: Values) -> dict[int, float]:
-    """Mean seconds of an epoch of the trials of each depth."""
-    spent: dict[int, list[float]] = {}
-    for trial in search.get("trials_detail") or []:
-        seconds, epochs = number(trial.get("seconds")), number(trial.get("epochs"))
-        if seconds and epochs:
-            sums = spent.setdefault(int(trial["unfreeze_depth"]), [0.0, 0.0])
-            sums[0], sums[1] = sums[0] + seconds, sums[1] + epochs
-    return {depth: seconds / epochs for depth, (seconds, epochs) in spent.items()}
-
-
-def how_trials_ended(search: Values) -> str:
-    """How many trials ended in which way."""
-    words = {
-        "finished": "ran to the end",
-        "stopped": "stopped early",
-        "diverged": "diverged",
-        "out_of_memory": "ran out of memory",
-        "failed": "failed",
-    }
-    statuses = [trial.get("status") if trial.get("status") in words else "failed" for trial in search.get("trials_detail") or []]
-    return ", ".join(f"{statuses.count(status):,} {said}" for status, said in words.items() if status in statuses)
-
-
 def worst_classes(model: Values) -> str:
     """The classes with the lowest F1, in words."""
     scored = [(number(row.get("f1")), label) for label, row in (model.get("per_class") or {}).items()]
@@ -124,19 +61,6 @@ def calibration_said(model: Values) -> str:
     return f"The challenger's probabilities are off by {100 * ece:.1f} points on average (ECE) and it is {leaning}."
 
 
-def cost_items(cost: Values) -> list[tuple[str, str]]:
-    """Whatever the cost part holds, by readable name."""
-    names = {
-        "prefix_s": "shared prefix, computed once", "trials_s": "trials", "estimated_s": "estimated before", "measured_s": "measured",
-        "flops": "computed (FLOP)", "flops_without_sharing": "without sharing (FLOP)", "trial_epochs": "epochs of all trials",
-    }  # fmt: skip
-    items = [(names.get(key, words_of(key.removesuffix("_s"))), plain(value, seconds=key.endswith("_s"))) for key, value in cost.items()]
-    shared, without = number(cost.get("flops")), number(cost.get("flops_without_sharing"))
-    if shared and without:
-        items.append(("saved by sharing", f"{without / shared:.1f} ×"))
-    return items
-
-
 def plain(value: Any, *, seconds: bool = False) -> str:
     """Any plain value for a person: durations, large numbers in short, the rest as it is."""
     figure = number(value)
@@ -148,25 +72,6 @@ def plain(value: Any, *, seconds: bool = False) -> str:
         if abs(figure) >= size:
             return f"{figure / size:.3g} {prefix}"
     return f"{figure:,.0f}" if figure == int(figure) else f"{figure:,.3g}"
-
-
-def best_trial(search: Values) -> Values | None:
-    """The trial that the search chose, else the most accurate one."""
-    trials = [trial for trial in search.get("trials_detail") or [] if number(trial.get("accuracy")) is not None and number(trial.get("lr"))]
-    best = search.get("best") or {}
-    chosen = [
-        t
-        for t in trials
-        if t["unfreeze_depth"] == best.get("unfreeze_depth") and math.isclose(t["lr"], best.get("lr") or 0.0, rel_tol=1e-6)
-    ]
-    return max(chosen or trials, key=lambda trial: float(trial["accuracy"]), default=None)
-
-
-def best_by_depth(search: Values) -> dict[int, Values]:
-    """The most accurate trial of each depth, shallow first."""
-    trials = [trial for trial in search.get("trials_detail") or [] if number(trial.get("accuracy")) is not None]
-    ranked = sorted(trials, key=lambda trial: (int(trial["unfreeze_depth"]), float(trial["accuracy"])))
-    return {int(trial["unfreeze_depth"]): trial for trial in ranked}
 
 
 def wilson(share: float | None, images: int) -> tuple[float, float]:

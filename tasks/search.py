@@ -35,15 +35,15 @@ def run_search(spec: Spec, dataset: Values, backbone: Values, features: Values, 
     again = [TrialConfig(**point) for point in warm["points"]]
     with progress.step(f"Searching depth and learning rate, about {plan['trials_s']:.0f} s") as on_progress, ray_cluster.connect():
         found: Values = search_on_ray.run_search(
-            spec, dataset, backbone, features["features"], _loading_mlflow(on_progress), sources=plan["source"], warm=again
+            spec, dataset, backbone, features["features"], _loading_what_comes_next(on_progress), sources=plan["source"], warm=again
         )
     cost = {"estimated_s": plan["estimated_s"], "prefix_s": features["seconds"], "measured_s": features["seconds"] + found["seconds"]}
     return {**found, "cost": {**found["cost"], **cost}, "plan": {key: plan[key] for key in PLANNED}}
 
 
-def _loading_mlflow(on_progress: OnProgress) -> OnProgress:
-    """Load MLflow's client, which takes seconds, once trials run and this process has nothing to do; the results go there next."""
-    loading = threading.Thread(target=importlib.import_module, args=("mlflow.tracking",), daemon=True)
+def _loading_what_comes_next(on_progress: OnProgress) -> OnProgress:
+    """Load MLflow's client and the report's figures, which take seconds, once trials run and this process has nothing to do."""
+    loading = threading.Thread(target=_load_what_comes_next, daemon=True)
 
     def watched(done: float, total: float) -> None:
         if loading.ident is None:
@@ -51,6 +51,11 @@ def _loading_mlflow(on_progress: OnProgress) -> OnProgress:
         on_progress(done, total)
 
     return watched
+
+
+def _load_what_comes_next() -> None:
+    for module in ("mlflow.tracking", "tasks.report_search"):
+        importlib.import_module(module)
 
 
 PLANNED = ("materialise", "source", "estimated_s", "prefix_s", "trials_s", "memory_bytes", "workers", "expected_epochs")

@@ -290,6 +290,17 @@ def test_a_source_that_grows_keeps_every_image_on_its_side(site: Site, first: di
     answer = site.json("search", site.spec("shapes", data__source=str(grown), search__lr=[1e-2], search__max_epochs=1))
     assert answer["dataset"]["images"] == 102
     assert answer["dataset"]["version"] != first["dataset"]["version"]
+    _assert_its_report_is_kept(site, answer)
+
+
+def _assert_its_report_is_kept(site: Site, answer: dict[str, Any]) -> None:
+    """On this disk, and beside the search's run for any MLflow client."""
+    from mlflow.artifacts import download_artifacts
+
+    kept = site.folder / "home" / "reports" / f"shapes-search-{answer['search']['search_id'][:8]}.html"
+    fetched = download_artifacts(answer["report"], tracking_uri=site.status["mlflow"]["uri"], dst_path=str(site.folder / "fetched"))
+    assert Path(fetched).read_bytes() == kept.read_bytes()
+    assert answer["search"]["search_id"].encode() in kept.read_bytes()
 
 
 def _get(url: str) -> Any:

@@ -9,12 +9,25 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from tasks import report_search
 from tasks.report import render
-from tests.unit.test_report import content, trial
+from tests.report_cases import search_content, searched
+from tests.unit.test_report import content
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="needs Debian's chromium: apt-get install chromium")]
-FIGURES = {"comparison", "landscape", "depths", "curves", "fit", "confusion", "calibration", "counts", "seconds"}
+SEARCH = {"landscape", "depths", "curves", "front", "ended", "estimate", "flops"}
+DIMENSIONS = {"by-weight_decay", "by-label_smoothing", "by-layer_decay", "by-optimizer", "by-batch_size"}
+RETRAIN = {"comparison", "fit", "confusion", "calibration", "counts", "seconds"}
+PAGES = {
+    "few": SEARCH | RETRAIN,
+    "hostile": SEARCH | RETRAIN | {"by-optimizer"},
+    "many": SEARCH | RETRAIN,
+    "search of few": SEARCH,
+    "search of hostile": SEARCH | DIMENSIONS,
+    "search of many": SEARCH | DIMENSIONS,
+}
+"""What each page must draw."""
 HOSTILE = (
     "<script>alert(1)</script>",
     "</script><img src=x onerror=alert(1)>",
@@ -31,16 +44,19 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="module", params=["few", "hostile", "many"])
+@pytest.fixture(scope="module", params=PAGES)
 def report_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    many = [trial(i, i % 5, 1e-4 * (1 + i % 90), 0.6 + 0.3 * ((i * 7) % 100) / 100, "stopped" if i % 3 else "finished") for i in range(400)]
-    shown = {
-        "few": content(),
-        "hostile": content(classes=HOSTILE),
-        "many": content(classes=tuple(f"class {i:03d}" for i in range(130)), trials=many),
-    }[str(request.param)]
-    path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(render(shown), encoding="utf-8")
+    many = tuple(f"class {i:03d}" for i in range(130))
+    html = {
+        "few": lambda: render(content(search=searched(12, by_depth=True))),
+        "hostile": lambda: render(content(classes=HOSTILE, search=searched(12, hostile=True))),
+        "many": lambda: render(content(classes=many, search=searched(400))),
+        "search of few": lambda: report_search.render(search_content(searched(12, by_depth=True))),
+        "search of hostile": lambda: report_search.render(search_content(searched(12, wide=True, hostile=True))),
+        "search of many": lambda: report_search.render(search_content(searched(1000, wide=True))),
+    }[str(request.param)]()
+    path = tmp_path_factory.mktemp("report") / f"{request.param}.html"
+    path.write_text(html, encoding="utf-8")
     return path
 
 
@@ -69,7 +85,7 @@ def test_every_figure_is_drawn_without_a_complaint_or_an_outside_request(
     browser: Browser, report_file: Path, width: int, scheme: str
 ) -> None:
     opened = Opened(browser, report_file, width=width, scheme=scheme)
-    assert opened.drawn() == FIGURES
+    assert opened.drawn() == PAGES[report_file.stem]
     assert opened.complaints == []
     assert [url for url in opened.requests if not url.startswith("data:")] == [report_file.as_uri()]
     opened.page.close()
@@ -100,6 +116,19 @@ def test_hovering_a_trial_tells_everything_about_it(browser: Browser, tmp_path: 
     said = hover.text_content() or ""
     assert "trial 00002" in said
     assert "unfreeze depth 2, learning rate 0.0005" in said
+    opened.page.close()
+
+
+def test_hovering_the_end_of_a_stopped_trial_tells_why_it_was_stopped(browser: Browser, tmp_path: Path) -> None:
+    path, search = tmp_path / "report.html", searched(12, by_depth=True)
+    path.write_text(report_search.render(search_content(search)), encoding="utf-8")
+    opened = Opened(browser, path, width=1280)
+    said = opened.page.evaluate(
+        """() => document.getElementById("plot-curves").data
+        .filter((trace) => trace.marker && trace.marker.symbol === "circle-open").flatMap((trace) => trace.text)"""
+    )
+    assert len(said) == sum(one["status"] == "stopped" for one in search["trials_detail"]) > 0
+    assert all("below the cutoff" in text.replace("<br>", " ") for text in said)
     opened.page.close()
 
 

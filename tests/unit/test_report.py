@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from tasks import report, report_figures, report_search_figures, report_words
+from tasks import report, report_figures, report_search_figures, report_search_words, report_words
 from tasks.report import ReportContent, render, thumbnail
 
 
@@ -77,7 +77,7 @@ def content(classes: tuple[str, ...] = ("cat", "dog", "owl"), trials: list[dict[
         decision={"status": "promoted", "reason": "accuracy rose by 10.0 points", "metric": "accuracy", "challenger": 0.8, "champion": 0.7,
                   "min_gain": 0.0, "version": "4", "champion_version": "3"},
         seconds={"total": 171.4, "search": 93.4, "prepare": 6.2},
-        cost={"prefix_s": 6.1, "flops": 3.1e13, "flops_without_sharing": 1.9e14, "trial_epochs": 92},
+        features={"computed_images": 255},
     )  # fmt: skip
     return dataclasses.replace(whole, **changes)
 
@@ -193,13 +193,17 @@ def test_a_thousand_trials_and_a_hundred_classes_stay_below_six_megabytes() -> N
     html = render(content(classes=classes, trials=trials))
     assert len(html.encode()) < 6_000_000
     drawn = figures_in(html)["curves"]["data"]
-    assert sum(one["x"].count(None) for one in drawn if one.get("legendgroup") and one.get("text")) == report_search_figures.MOST_CURVES
+    assert (
+        sum(one["x"].count(None) for one in drawn if one.get("legendgroup") and one.get("customdata") and "here" in one["hovertemplate"])
+        == report_search_figures.MOST_CURVES
+    )
 
 
 def test_every_trial_is_in_the_landscape_with_the_way_it_ended() -> None:
     figure = report_search_figures.landscape(content().search)
     assert figure is not None
-    hovers = [text for trace in figure["data"] if trace.get("text") and trace.get("hovertemplate") for text in trace["text"]]
+    said = report_search_figures.descriptions(content().search)
+    hovers = [said[name] for trace in figure["data"] if trace.get("meta") == report_search_figures.TRIALS for name in trace["customdata"]]
     assert sorted(re.findall(r"trial (\d+)</b>: ([a-z ]+)", " ".join(hovers))) == [
         ("00000", "ran to the end"), ("00001", "ran to the end"), ("00002", "ran to the end"), ("00003", "stopped early"),
         ("00004", "diverged"), ("00005", "out of memory"), ("00006", "failed"),
@@ -215,14 +219,14 @@ def test_a_stopped_trials_curve_ends_where_it_was_stopped() -> None:
 
 
 def test_saturation_is_put_in_words() -> None:
-    said = report_words.does_deeper_pay(content().search)
+    said = report_search_words.does_deeper_pay(content().search)
     assert (
         said == "Depth 1 is enough: it reaches 80.0%, 10.0 points above depth 0; depth 2 reaches 80.1% at 1.5 times the time of an epoch."
     )
 
 
 def test_a_diverged_trial_cannot_be_the_best() -> None:
-    best = report_words.best_trial({"trials_detail": content().search["trials_detail"]})
+    best = report_search_words.best_trial({"trials_detail": content().search["trials_detail"]})
     assert best is not None
     assert best["trial_id"] == "00002"
 
@@ -259,7 +263,7 @@ def test_classes_are_listed_weakest_first_with_the_change_against_champion_and_p
 
 def test_a_result_with_hardly_anything_in_it_still_makes_a_page() -> None:
     bare = content(
-        stats={}, samples=[], mistakes=[], seconds={}, cost={}, fit={}, search={}, versions={}, spec={},
+        stats={}, samples=[], mistakes=[], seconds={}, features={}, fit={}, search={}, versions={}, spec={},
         dataset={"classes": ["cat", "dog"]},
         evaluation={"challenger": {}, "champion": None, "probe": {}}, decision={"status": "kept", "reason": ""},
     )  # fmt: skip
