@@ -154,3 +154,14 @@ def stack(*services: Any) -> Iterator[Path]:
 
         ray.get([lane.run.remote(int) for lane in lanes()])  # each has loaded torch
         yield folder
+
+
+def prepared(spec: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The dataset and the backbone of a spec, as the steps before the features leave them; inside `stack`."""
+    from infra import ray_cluster
+    from infra.progress import ignore
+    from ray_jobs.backbone_on_ray import prepare_backbone
+    from ray_jobs.prepare_on_ray import prepare
+
+    with ray_cluster.connect() as cluster:
+        return prepare(spec, ignore), prepare_backbone(spec, cluster)
