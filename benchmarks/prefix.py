@@ -30,8 +30,8 @@ def randomised(name: str, size: int) -> Any:
                 torch.nn.init.uniform_(value, 0.5, 1.5) if parameter == "weight" else torch.nn.init.normal_(value, 0, 0.1)
     model.train()
     with torch.no_grad():
-        for _ in range(3):
-            model(torch.randn(16, 3, size, size))
+        for _ in range(2):
+            model(torch.randn(8, 3, size, size))
     return model.eval()
 
 
@@ -62,7 +62,7 @@ def measure(name: str, size: int, repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    chosen = options(__doc__, repeats=(10, 4, "batches of each arm in a round"))
+    chosen = options(__doc__, repeats=(10, 2, "batches of each arm in a round"))
     import torch
 
     torch.set_num_threads(1)
