@@ -6,7 +6,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: setup demo test check unit lock clean
+.PHONY: setup demo test check unit bench lock clean
 
 setup: .venv/.ready
 
@@ -32,6 +32,9 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -m "not slow and not exhaustive"
+
+bench: setup
+	@$(BIN)/python benchmarks/everything.py $(ARGS)
 
 lock: setup
 	$(BIN)/uv pip compile -q --no-header --no-annotate --no-emit-index-url --no-emit-find-links --extra dev --python-version 3.11 pyproject.toml -o requirements.txt
