@@ -8,7 +8,7 @@ from typing import Any
 
 from ray_jobs.spec import Augmentation, FeatureDtype, digest_of
 
-FEATURE_CODE_VERSION = 2
+FEATURE_CODE_VERSION = 3
 """Raise it whenever the code computes other features from the same weights and images."""
 
 CENTRE = "centre"
