@@ -52,13 +52,9 @@ class Site:
         self.env = {**os.environ, "UNFREEZE_HOME": str(folder / "home")}
 
     def spec(self, name: str, scheduler: str) -> Path:
-        search = {
-            "unfreeze_depth": [0, 1, 2, 3],
-            "lr": [1e-2, 3e-3, 1e-3, 3e-4],
-            "max_epochs": self.epochs,
-            "batch_size": 16,
-            "seed": self.seed,
-        }
+        search: dict[str, Any] = {"unfreeze_depth": [0, 1, 2, 3], "lr": [1e-2, 3e-3, 1e-3, 3e-4], "max_epochs": 6, "batch_size": 16}
+        if self.small:
+            search |= {"unfreeze_depth": [0, 1, 2], "lr": [1e-2, 1e-3], "max_epochs": 4}
         content = {
             "name": name, "data": {"source": str(self.manifest), "image_size": 64}, "backbone": {"name": "resnet10t", "weights": "none"},
             "search": {**search, "scheduler": scheduler, "seed": self.seed}, "storage": f"s3://unfreeze/{name}",

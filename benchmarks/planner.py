@@ -7,6 +7,7 @@ warm, and the machine is calibrated before the clock starts. A plan that is one 
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 from typing import Any
 
@@ -22,13 +23,14 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     "two views": {"unfreeze_depth": [0, 2], "lr": FOUR[2:], "max_epochs": 4, "views": 2},
 }
 Source = dict[str, int]
+NUMBERS = itertools.count()
 
 
 class Workload:
     """One search, to be run with one or another choice of cuts."""
 
     def __init__(self, name: str, manifest: Any, seed: int, image_size: int) -> None:
-        self.name, self.runs = name, 0
+        self.name = name
         search = {"scheduler": "fifo", "searcher": "grid", "seed": seed, **WORKLOADS[name]}
         data = {"source": str(manifest), "image_size": image_size}
         self.content = {"name": "planner", "data": data, "backbone": LITE0, "search": search, "fit": {"augmentation": "symbol"}}
@@ -51,8 +53,7 @@ class Workload:
         from ray_jobs.features_on_ray import cache_features
         from ray_jobs.search_on_ray import run_search
 
-        self.runs += 1
-        spec = self.spec_in(f"s3://unfreeze/{self.name.replace(' ', '-').replace(',', '')}-{self.runs}")
+        spec = self.spec_in(f"s3://unfreeze/arm-{next(NUMBERS)}")
         cuts = sorted(set(source.values()))
 
         def both() -> None:
