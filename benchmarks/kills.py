@@ -47,18 +47,14 @@ class Site:
     """One home with its stack, and the images."""
 
     def __init__(self, folder: Path, chosen: Options) -> None:
-        self.folder, self.epochs, self.seed = folder, 4 if chosen.small else 6, chosen.seed
+        self.folder, self.small, self.seed = folder, chosen.small, chosen.seed
         self.manifest = write_images(folder / "images", 12 if chosen.small else 40)
         self.env = {**os.environ, "UNFREEZE_HOME": str(folder / "home")}
 
     def spec(self, name: str, scheduler: str) -> Path:
-        search = {
-            "unfreeze_depth": [0, 1, 2, 3],
-            "lr": [1e-2, 3e-3, 1e-3, 3e-4],
-            "max_epochs": self.epochs,
-            "batch_size": 16,
-            "seed": self.seed,
-        }
+        search: dict[str, Any] = {"unfreeze_depth": [0, 1, 2, 3], "lr": [1e-2, 3e-3, 1e-3, 3e-4], "max_epochs": 6, "batch_size": 16}
+        if self.small:
+            search |= {"unfreeze_depth": [0, 1, 2], "lr": [1e-2, 1e-3], "max_epochs": 4}
         content = {
             "name": name, "data": {"source": str(self.manifest), "image_size": 64}, "backbone": {"name": "resnet10t", "weights": "none"},
             "search": {**search, "scheduler": scheduler, "seed": self.seed}, "storage": f"s3://unfreeze/{name}",
@@ -76,12 +72,15 @@ class Site:
     def finish(self, spec: Path) -> tuple[dict[str, Any], float]:
         """The answer of the command run to its end, with the times that only the stored result has, and its seconds."""
         started = time.perf_counter()
-        if self.start(spec).wait(TIMEOUT_S):
-            raise RuntimeError(spec.with_suffix(".log").read_text()[-3000:])
+        if code := self.start(spec).wait(TIMEOUT_S):
+            raise RuntimeError(f"exit {code}: {spec.with_suffix('.log').read_text()[-3000:]}")
         return self.answer(spec), time.perf_counter() - started
 
     def answer(self, spec: Path) -> dict[str, Any]:
-        answer = json.loads(spec.with_suffix(".json").read_text())
+        text = spec.with_suffix(".json").read_text()
+        if not text:
+            raise RuntimeError(f"exit 0 without an answer: {spec.with_suffix('.log').read_text()[-3000:]}")
+        answer = json.loads(text)
         stored = self.on_s3(spec.stem) / answer["search"]["search_id"] / "result.json"
         return {**answer, "stored": json.loads(stored.read_text())}
 
@@ -189,7 +188,7 @@ def one_kill(site: Site, number: int, scheduler: str, rng: random.Random, expect
         running = site.running_in_mlflow(spec.stem)
         problems += [f"{running} runs RUNNING in MLflow"] if running else []
     except RuntimeError as error:
-        problems.append(f"the second command failed: {error}")
+        problems.append(f"no answer: {error}")
     return Round(scheduler, target, moment, f"{sum(event['kind'] == 'epoch' for event in events)} epochs", problems)
 
 
