@@ -78,9 +78,10 @@ class Site:
 
     def answer(self, spec: Path) -> dict[str, Any]:
         text = spec.with_suffix(".json").read_text()
-        if not text:
-            raise RuntimeError(f"exit 0 without an answer: {spec.with_suffix('.log').read_text()[-3000:]}")
-        answer = json.loads(text)
+        try:
+            answer = json.loads(text)
+        except json.JSONDecodeError:
+            raise RuntimeError(f"stdout is not one JSON object: {text[:1500]}") from None
         stored = self.on_s3(spec.stem) / answer["search"]["search_id"] / "result.json"
         return {**answer, "stored": json.loads(stored.read_text())}
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def _services(spec: Spec) -> Iterator[None]:
     """All four services, and one connection to Ray for all steps."""
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # our own progress speaks; Prefect's lines go to its server
     with ExitStack() as exits:
+        exits.enter_context(redirect_stdout(sys.stderr))  # Ray tells there of a worker that died; stdout is for the answer alone
         with progress.step("Finding or starting the services"):
             exits.enter_context(local_stack.session(["s3", "mlflow", "prefect", "ray"], storage=spec.storage))
         exits.callback(_send_logs)
