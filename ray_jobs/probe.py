@@ -11,20 +11,9 @@ import numpy as np
 
 from infra.errors import UserError
 from ray_jobs.heads import HeadResult
-from ray_jobs.search import Epoch, Status
+from ray_jobs.search import Epoch, Status, TrainedHead
 from ray_jobs.search_space import TrialConfig
 from ray_jobs.trial import WarmWorker
-
-
-@dataclass(frozen=True)
-class TrainedHead:
-    """One linear probe as a trial of the search: its curve, and why it failed if it did."""
-
-    curve: list[Epoch]
-    status: Status | None
-    reason: str
-    started_at: int
-    seconds: float
 
 
 @dataclass(frozen=True)

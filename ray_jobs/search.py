@@ -32,6 +32,17 @@ class Epoch:
     seconds: float
 
 
+@dataclass(frozen=True)
+class TrainedHead:
+    """One linear probe as a trial of the search: its curve, and why it failed if it did. (Here, as the driver, without torch, reads it.)"""
+
+    curve: list[Epoch]
+    status: Status | None
+    reason: str
+    started_at: int
+    seconds: float
+
+
 @dataclass
 class TrialRecord:
     """One trial, as far as it came. `stopped_after` is the epoch at which a scheduler or the budget cut it, and its curve ends there."""

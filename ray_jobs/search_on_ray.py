@@ -170,7 +170,7 @@ class _Running:
 
             free = FreeLanes(self.lanes)
             scheduler = Scheduler(self.engine, free, on_progress, expected_trials(self.search))
-            shared = {"work": self.work, "probe": [self.reference], "lanes": lanes()}
+            shared = {"work": self.work, "head": [ray.put(self.probe["head"])], "lanes": lanes()}
             trainable = tune.with_parameters(SearchTrial, shared=shared)
             tuner = tune.Tuner(
                 tune.with_resources(trainable, self.slot),

@@ -35,7 +35,7 @@ class SearchTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """One epoch."""
         self.epoch += 1
-        head = ray.get(self.shared["probe"][0])["head"] if self.point.unfreeze_depth and self.epoch == 1 else None
+        head = ray.get(self.shared["head"][0]) if self.point.unfreeze_depth and self.epoch == 1 else None
         arguments = (self.shared["work"], self.point, head, self.key, self.epoch)
         result: dict[str, Any] = ray.get(self.lane.run.remote(trial_epoch, *arguments)) if self.lane else trial_epoch(*arguments)
         return result

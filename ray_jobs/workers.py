@@ -30,20 +30,26 @@ class _Open:
 
     lanes: ClassVar[list[Any]] = []
     waiting: ClassVar[list[list[Any]]] = []
+    loading: ClassVar[list[Any]] = []
 
 
 def open_lanes(count: int) -> None:
-    """Start lanes, and let them load what every step needs; nobody waits for it."""
+    """Start lanes, and let them load what every step needs; nobody waits for it.
+
+    One after the other: the first is ready sooner, and does the first steps, which have little to share out, while the others load.
+    """
     make: Any = ray.remote(Lane).options(num_cpus=0, max_restarts=-1, max_task_retries=RETRIES, name=None)
     _Open.lanes = [make.remote() for _ in range(count)]
-    _Open.waiting = [[lane.run.remote(load)] for lane in _Open.lanes]
+    loaded = None
+    _Open.loading = [loaded := lane.run.remote(load, loaded) for lane in _Open.lanes]
+    _Open.waiting = [[reference] for reference in _Open.loading]
 
 
 def close_lanes() -> None:
     """Give their memory back."""
     for lane in _Open.lanes:
         ray.kill(lane)
-    _Open.lanes, _Open.waiting = [], []
+    _Open.lanes, _Open.waiting, _Open.loading = [], [], []
 
 
 def lanes() -> list[Any]:
@@ -59,7 +65,7 @@ def submit(function: Callable[..., Any], *arguments: Any, name: str, resources: 
         return task.remote(function, *arguments)
     for references in _Open.waiting:
         references[:] = ray.wait(references, num_returns=len(references), timeout=0)[1] if references else []
-    place = min(range(len(_Open.lanes)), key=lambda i: len(_Open.waiting[i]))
+    place = min(range(len(_Open.lanes)), key=lambda i: (_Open.loading[i] in _Open.waiting[i], len(_Open.waiting[i])))
     reference = _Open.lanes[place].run.remote(function, *arguments)
     _Open.waiting[place].append(reference)
     return reference
@@ -69,8 +75,8 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
-def load() -> None:
-    """Load torch, timm and our own modules."""
+def load(_after: object) -> None:
+    """Load torch, timm and our own modules, once the argument is there."""
     import_timm()
     import torch
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import threading
 from typing import Any
 
 from infra import progress, ray_cluster
@@ -19,5 +21,7 @@ def plan_search(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any]) -
     """The cuts to materialise, where each depth starts from, and the estimate of time and memory."""
     from ray_jobs import plan_on_ray
 
+    # Tune takes seconds to load, and is needed next, while this process only waits here
+    threading.Thread(target=importlib.import_module, args=("ray.tune",), daemon=True).start()
     with progress.step("Planning the search"), ray_cluster.connect():
-        return plan_on_ray.plan_search(spec, dataset, backbone)
+        return plan_on_ray.plan_search(spec, dataset, backbone, views=spec.search.views)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import threading
-
 from infra.ray_cluster import Cluster
 
 
@@ -13,5 +10,3 @@ def warm_up(cluster: Cluster) -> None:
     from ray_jobs import warm_up as on_ray
 
     on_ray.warm_up(cluster)
-    # takes seconds, while the workers load torch
-    threading.Thread(target=importlib.import_module, args=("ray.tune",), daemon=True).start()
