@@ -32,6 +32,7 @@ from ray_jobs.groups import (
     set_mode,
     trainable_names,
 )
+from ray_jobs.light_timm import without_compiler
 from ray_jobs.spec import BackboneSpec, digest_of
 from ray_jobs.tracing import trace
 from ray_jobs.weights import has_same_shapes, hub_within_reach, matched, read_state
@@ -58,7 +59,7 @@ def check(name: str, image_size: int, depths: Sequence[int]) -> None:
     """Raise UserError for an unknown backbone, an image size it cannot take, a depth beyond its groups, or one that cannot be split."""
     _require_known(name)
     try:
-        with torch.device("meta"):  # shapes alone: quick for the largest models too
+        with without_compiler(), torch.device("meta"):  # shapes alone: quick for the largest models too
             model = _create_for_size(name, image_size)
             _forward(model, image_size)
     except Exception:  # not every model supports it; the real thing decides

@@ -65,7 +65,8 @@ def submit(function: Callable[..., Any], *arguments: Any, name: str, resources: 
         return task.remote(function, *arguments)
     for references in _Open.waiting:
         references[:] = ray.wait(references, num_returns=len(references), timeout=0)[1] if references else []
-    place = min(range(len(_Open.lanes)), key=lambda i: (_Open.loading[i] in _Open.waiting[i], len(_Open.waiting[i])))
+    busy = [i if _Open.loading[i] in _Open.waiting[i] else 0 for i in range(len(_Open.lanes))]  # the first is loaded first
+    place = min(range(len(_Open.lanes)), key=lambda i: (busy[i], len(_Open.waiting[i])))
     reference = _Open.lanes[place].run.remote(function, *arguments)
     _Open.waiting[place].append(reference)
     return reference
