@@ -69,6 +69,11 @@ class SearchEngine:
         proposed = self.proposer.propose(self.records)
         return proposed if isinstance(proposed, Pause) else self._start(proposed)
 
+    def again(self, index: int) -> None:
+        """The worker of a trial died: let it start anew, before any other."""
+        if not self.records[index].is_over(self.max_epochs):
+            self._waiting.insert(0, index)
+
     def _start(self, config: TrialConfig, *, head: bool = False) -> int:
         index = len(self.records)
         self.records.append(_new(index, config))

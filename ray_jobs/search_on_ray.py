@@ -44,8 +44,6 @@ from ray_jobs.workers import lanes, submit
 
 RESULT, PROBE_HEAD = "result.json", "probe.safetensors"
 TRIALS_A_GPU = 4
-MAX_WORKER_DEATHS = 2
-"""A trial whose worker died starts again this many times; an eviction or a kill then changes nothing in the outcome."""
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON or TensorBoard files: they cost more than a linear probe's epoch
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -181,7 +179,6 @@ class _Running:
                 run_config=tune.RunConfig(
                     name="search", storage_path=scratch, verbose=0, stop=EachStep(self._look),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-                    failure_config=tune.FailureConfig(max_failures=MAX_WORKER_DEATHS),
                 ),
             )  # fmt: skip
             tuner.fit()

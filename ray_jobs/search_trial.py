@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,9 @@ from ray_jobs.search import Epoch, status_of_error
 from ray_jobs.search_engine import SearchEngine
 from ray_jobs.search_space import TrialConfig
 from ray_jobs.trial_epoch import trial_epoch
+
+MAX_WORKER_DEATHS = 2
+"""A trial whose worker died starts again this many times; an eviction or a kill then changes nothing in the outcome."""
 
 
 class SearchTrial(tune.Trainable):
@@ -56,15 +60,15 @@ class FreeLanes:
 
     def __init__(self, count: int) -> None:
         self.left = list(range(count))
-        self._taken: dict[int, int] = {}
+        self.taken: dict[int, int] = {}
 
     def take(self, index: int) -> int:
-        self._taken[index] = self.left.pop(0)
-        return self._taken[index]
+        self.taken[index] = self.left.pop(0)
+        return self.taken[index]
 
     def give_back(self, index: int) -> None:
-        if index in self._taken:
-            self.left.append(self._taken.pop(index))
+        if index in self.taken:
+            self.left.append(self.taken.pop(index))
 
 
 class Proposals(_StaysHere, Searcher):
@@ -78,6 +82,8 @@ class Proposals(_StaysHere, Searcher):
         if not self.lanes.left:
             return None
         index = self.engine.next()
+        if index is Pause.DONE and self.lanes.taken:
+            return None  # a trial that still runs may have to start again
         if index is Pause.DONE:
             return Searcher.FINISHED  # type: ignore[return-value]  # a word that Tune knows
         if isinstance(index, Pause):
@@ -100,6 +106,7 @@ class Scheduler(_StaysHere, FIFOScheduler):
     def __init__(self, engine: SearchEngine, lanes: FreeLanes, on_progress: OnProgress, expected: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.engine, self.lanes, self.on_progress, self.expected = engine, lanes, on_progress, expected
+        self.deaths: Counter[int] = Counter()
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         index = trial.config["index"]
@@ -119,9 +126,15 @@ class Scheduler(_StaysHere, FIFOScheduler):
         self.on_trial_result(controller, trial, result)
 
     def on_trial_error(self, controller: Any, trial: Any) -> None:
-        error = str(trial.get_pickled_error() or trial.get_error() or "the worker died")
-        self.engine.end(trial.config["index"], status_of_error(error), error.strip()[-500:])
-        self.lanes.give_back(trial.config["index"])
+        """Its worker died, or raised. Tune would start only those again that ran already, so all go back to the engine here."""
+        index = trial.config["index"]
+        self.lanes.give_back(index)
+        self.deaths[index] += 1
+        if self.deaths[index] <= MAX_WORKER_DEATHS:
+            self.engine.again(index)
+        else:
+            error = str(trial.get_pickled_error() or trial.get_error() or "the worker died")
+            self.engine.end(index, status_of_error(error), error.strip()[-500:])
         self._tell()
 
     def _tell(self) -> None:

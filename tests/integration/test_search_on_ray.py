@@ -201,6 +201,7 @@ def test_optuna_proposes_as_many_trials_as_asked_for(machine: Path, prepared: An
 
 def outcome(result: dict[str, Any]) -> Any:
     """All of a result that must not depend on when what ran."""
+    result = {**result, "trials_detail": sorted(result["trials_detail"], key=lambda detail: str(detail["trial_id"]))}
     timeless = [
         {k: v for k, v in detail.items() if k not in ("seconds", "started_at", "curve", "epochs_run")} for detail in result["trials_detail"]
     ]
@@ -237,7 +238,7 @@ def test_a_search_stopped_at_any_moment_carries_on_to_the_same_outcome(machine: 
             raise RuntimeError("stop here")
 
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="stop here"):
+        with pytest.raises(Exception, match="stop here"):  # Tune wraps it
             run(machine, prepared, interrupt, **chosen)
     carried_on = run(machine, prepared, **chosen)
     assert not list(object_store().list(f"{carried_on['uri']}.journal"))
