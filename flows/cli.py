@@ -150,16 +150,15 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(arguments: list[str] | None) -> int:
     try:
         answer: Any = app(arguments, standalone_mode=False)
-    except KeyboardInterrupt:
-        answers.complain("Interrupted. The same command carries on where it was.")
-        return INTERRUPTED
     except UnfreezeError as error:
         answers.complain(str(error), error)
         return error.exit_code
-    except typer.Abort:
-        return INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort):
+        answer = INTERRUPTED
     except Exception as error:
         return _unexpected(error)
+    if answer == INTERRUPTED:  # typer turns Ctrl-C into this exit code
+        answers.complain("Interrupted. The same command carries on where it was.")
     return answer if isinstance(answer, int) else 0
 
 
