@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ray_jobs.search import TrialRecord, percent
 
-REDUCTION_FACTOR = 3
+GRACE, REDUCTION_FACTOR = 2, 3
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def rungs(max_epochs: int, reduction_factor: int = REDUCTION_FACTOR) -> tuple[in
 
     Not after one epoch: what has just been unfrozen first falls behind, while BatchNorm's statistics move to the new data.
     """
-    first = min(2, max_epochs - 1)
+    first = min(GRACE, max_epochs - 1)
     found = []
     while 1 <= first < max_epochs:
         found.append(first)

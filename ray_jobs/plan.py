@@ -10,8 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-GRACE, REDUCTION = 2, 3
-"""ASHA as ray_jobs/search_on_ray.py sets it up."""
+from ray_jobs.fidelity import GRACE, REDUCTION_FACTOR
 
 State = tuple[float, int, tuple[int, ...]]
 """Seconds, bytes and cuts of a part of a plan."""
@@ -121,9 +120,9 @@ def expected_epochs(scheduler: str, max_epochs: int, trials: int) -> float:
     rung, reaching, epochs = GRACE, float(max(trials, 1)), float(GRACE)
     while rung < max_epochs:
         count = max(1, round(reaching))
-        passing = sum(1 / REDUCTION + (1 - 1 / REDUCTION) / k for k in range(1, min(count, 10_000) + 1)) / min(count, 10_000)
+        passing = sum(1 / REDUCTION_FACTOR + (1 - 1 / REDUCTION_FACTOR) / k for k in range(1, min(count, 10_000) + 1)) / min(count, 10_000)
         reaching *= min(1.0, passing)
-        following = min(rung * REDUCTION, max_epochs)
+        following = min(rung * REDUCTION_FACTOR, max_epochs)
         epochs += reaching / max(trials, 1) * (following - rung)
         rung = following
     return epochs

@@ -12,7 +12,6 @@ from typing import Any
 from ray_jobs.spec import Optimizer, Range, SearchSpec
 
 Values = Range | tuple[Any, ...]
-CHEAP_FIRST, DEEP_FIRST = False, True
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ray
-
 from infra.ray_cluster import Cluster
 from ray_jobs.workers import open_lanes
 
@@ -12,4 +10,3 @@ def warm_up(cluster: Cluster) -> None:
     """Open a lane a CPU on this machine's own cluster. Elsewhere, and where there are GPUs to share, Ray places the work itself."""
     if cluster.on_this_machine and not cluster.gpus:
         open_lanes(max(1, int(cluster.cpus)))
-    ray.put(None)  # the object store's first use takes a moment, too
