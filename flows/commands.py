@@ -6,15 +6,19 @@ import asyncio
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from infra import committed_folder, local_stack, progress, ray_cluster, settings
+from infra.errors import UnfreezeError
+from infra.local_stack import Stack
 from infra.object_store import object_store, split_uri
+from infra.settings import SERVICES
 from ray_jobs.sources import open_source
 from ray_jobs.spec import Spec, load_spec
-from tasks.warming import warm_up
+from tasks.warming import await_warm_workers, leave_warm, warm_up
 
 
 def retrain(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -84,6 +88,10 @@ def up() -> dict[str, Any]:
     """Start the embedded stack; what `status --json` prints."""
     with progress.step("Starting the embedded stack"):
         answer: dict[str, Any] = local_stack.up()
+    with progress.step("Loading torch in its workers"), local_stack.session(SERVICES, storage=local_stack.DEFAULT_STORAGE) as stack:
+        if answer["ray"]["state"] == "running":
+            with ray_cluster.one_connection(partial(warm_up, claim=stack.claim)):
+                await_warm_workers()
     return answer
 
 
@@ -114,10 +122,18 @@ def _services(spec: Spec) -> Iterator[None]:
     with ExitStack() as exits:
         exits.enter_context(redirect_stdout(sys.stderr))  # Ray tells there of a worker that died; stdout is for the answer alone
         with progress.step("Finding or starting the services"):
-            exits.enter_context(local_stack.session(["s3", "mlflow", "prefect", "ray"], storage=spec.storage))
+            stack = exits.enter_context(local_stack.session(SERVICES, storage=spec.storage))
         exits.callback(_send_logs)
-        exits.enter_context(ray_cluster.one_connection(warm_up))
+        exits.enter_context(ray_cluster.one_connection(partial(warm_up, claim=stack.claim)))
+        exits.callback(_leave_warm, stack)
         yield
+
+
+def _leave_warm(stack: Stack) -> None:
+    """On a stack that stays up, the next command finds warm workers."""
+    with suppress(UnfreezeError):
+        if stack.stays:
+            leave_warm(stack.claim)
 
 
 def _send_logs() -> None:

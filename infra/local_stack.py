@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,16 @@ MAX_SCRATCH_CHARS = 40
 GATE = 'read -r _ && exec "$@" </dev/null'
 """Run by a shell as the server's first life: nothing happens before a line comes, and nothing at all where the writer has died."""
 
+Claim = Callable[[Collection[str]], set[str]]
+"""Of some names, those that no other command uses, this one's alone from now on: `Stack.claim`."""
+
 
 class Stack:
     """The services of one command, while it holds them."""
 
-    def __init__(self, home: Path, settings: Settings, embedded: Collection[ServiceName], storage: str) -> None:
+    def __init__(self, home: Path, settings: Settings, embedded: Collection[ServiceName], storage: str, holder: Holder) -> None:
         self._home = home
+        self._holder = holder
         self._storage = storage
         self._timeout_s = settings.start_timeout_s
         self._embedded = frozenset(embedded)
@@ -59,6 +63,25 @@ class Stack:
             services.ensure_buckets(site, {split_uri(uri)[0] for uri in (self._storage, *stack.artifacts.values())})
         _record_members(self._home, service)
         self._healthy.add(service)
+
+    @property
+    def stays(self) -> bool:
+        """Whether it outlives this command."""
+        return stack_file.read(self._home).long_lived
+
+    def claim(self, names: Collection[str]) -> set[str]:
+        """Those of `names` that no other living command has, now this one's alone; none on a stack that ends with it."""
+        with stack_file.locked(self._home):
+            stack = stack_file.read(self._home)
+            if not stack.long_lived:
+                return set()
+            taken = {name for holder in stack.living_holders() if holder.token != self._holder.token for name in holder.claims}
+            mine = set(names) - taken
+            for holder in stack.holders:
+                if holder.token == self._holder.token:
+                    holder.claims = sorted({*holder.claims, *mine})
+            stack_file.write(self._home, stack)
+            return mine
 
 
 @contextmanager
@@ -83,7 +106,7 @@ def session(wanted: Collection[ServiceName], *, storage: str, background: Collec
             raise
     try:
         with _environment(_client_variables(embedded, _site(home, stack), settings)):
-            handle = Stack(home, settings, embedded, storage)
+            handle = Stack(home, settings, embedded, storage, holder)
             for service in (service for service in wanted if service not in background):
                 handle.wait(service)
             if "s3" in wanted and "s3" not in embedded:

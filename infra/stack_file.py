@@ -19,10 +19,11 @@ LOCK_TIMEOUT_S = 120.0
 
 
 class Holder(BaseModel):
-    """One use of the stack by a living command."""
+    """One use of the stack by a living command, and the names of what it alone uses."""
 
     token: str
     process: ProcessRecord
+    claims: list[str] = Field(default_factory=list)
 
 
 class Server(BaseModel):

@@ -1,7 +1,8 @@
 """Make a suffix train faster on a CPU: the same arithmetic by better kernels. Modules, parameters and their names stay.
 
 What is replaced in the graph: linear layers and 1 x 1 convolutions on small maps (oneDNN's matrix product), depthwise
-convolutions with large kernels (ray_jobs/depthwise.py), and average pooling (its gradient in the convolutions' order of memory).
+convolutions with large kernels (ray_jobs/depthwise.py), average pooling (its gradient in the convolutions' order of memory), and
+batch norms that timm joins with a ReLU (one step for autograd, which then keeps one map less).
 Shapes: B images, C channels, H height, W width, O channels out.
 """
 
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, fx, nn
 from torch.nn.functional import conv2d
 
@@ -44,6 +46,10 @@ def _replace(suffix: Suffix, node: fx.Node, module: nn.Module, mixed: bool) -> N
         _call(suffix.graph, node, linear, (source, *_parameters(suffix, node, module), mixed))
     elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
         _call(suffix.graph, node, _mean_over_map, (source, True))
+    elif isinstance(module, BatchNormAct2d) and kind is BatchNormAct2d and _clamps(module) and isinstance(module.drop, nn.Identity):
+        with suffix.graph.inserting_before(node):
+            norm = suffix.graph.get_attr(str(node.target))
+        _call(suffix.graph, node, _norm_act, (source, norm))
     elif isinstance(module, nn.Conv2d) and kind in (nn.Conv2d, Conv2dSame):
         parameters = _parameters(suffix, node, module)
         if gains(module) and module.stride[0] == module.stride[1]:
@@ -65,6 +71,47 @@ def _parameters(suffix: Suffix, node: fx.Node, module: nn.Module) -> tuple[fx.No
     with suffix.graph.inserting_before(node):
         weight = suffix.graph.get_attr(f"{node.target}.weight")
         return weight, None if module.bias is None else suffix.graph.get_attr(f"{node.target}.bias")
+
+
+def _clamps(norm: BatchNormAct2d) -> tuple[float, float] | None:
+    """The bounds of its activation, where that only clamps."""
+    return {nn.ReLU: (0.0, float("inf")), nn.ReLU6: (0.0, 6.0)}.get(type(norm.act))
+
+
+def _norm_act(images_BCHW: Tensor, norm: BatchNormAct2d) -> Tensor:
+    bounds = _clamps(norm)
+    out_BCHW: Tensor
+    if norm.training and norm.num_batches_tracked is not None and norm.momentum is not None and norm.affine and bounds:
+        norm.num_batches_tracked.add_(1)
+        statistics = norm.running_mean, norm.running_var
+        out_BCHW = _NormAct.apply(images_BCHW, norm.weight, norm.bias, *statistics, norm.momentum, norm.eps, *bounds)
+    else:
+        out_BCHW = norm(images_BCHW)
+    return out_BCHW
+
+
+class _NormAct(torch.autograd.Function):
+    """Batch norm on the batch's statistics, then a clamp in place: its gradient can be told from the result, so nothing else is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, images_BCHW: Tensor, weight_C: Tensor, bias_C: Tensor, mean_C: Tensor, var_C: Tensor, momentum: float, eps: float,
+        low: float, high: float,
+    ) -> Tensor:  # fmt: skip
+        out_BCHW, *batch = torch.native_batch_norm(images_BCHW, weight_C, bias_C, mean_C, var_C, True, momentum, eps)
+        out_BCHW.clamp_(low, high)
+        ctx.save_for_backward(images_BCHW, weight_C, mean_C, var_C, out_BCHW, *batch)
+        ctx.constants = eps, low, high
+        return out_BCHW
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        images_BCHW, weight_C, mean_C, var_C, out_BCHW, *batch = ctx.saved_tensors
+        eps, low, high = ctx.constants
+        open_BCHW = torch.ops.aten.hardtanh_backward(gradients[0], out_BCHW, low, high)
+        needs = list(ctx.needs_input_grad[:3])
+        found = torch.ops.aten.native_batch_norm_backward(open_BCHW, images_BCHW, weight_C, mean_C, var_C, *batch, True, eps, needs)
+        return *found, *[None] * 6
 
 
 def _pointwise(images_BCHW: Tensor, weight_OC11: Tensor, bias_O: Tensor | None, mixed: bool) -> Tensor:

@@ -26,10 +26,10 @@ def product(input_XD: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -
 
 
 def linear(input_XD: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None, mixed: bool = False) -> Tensor:
-    """torch.nn.functional.linear, with gradients. `mixed`: factors rounded to bfloat16 while training (sums stay in float32)."""
+    """torch.nn.functional.linear, with gradients. `mixed`: factors rounded to bfloat16 (sums stay in float32)."""
     if not has_onednn(input_XD):
         return functional.linear(input_XD, weight_CD, bias_C)
-    out_XC: Tensor = _Linear.apply(input_XD, weight_CD, bias_C, mixed and torch.is_grad_enabled())
+    out_XC: Tensor = _Linear.apply(input_XD, weight_CD, bias_C, mixed)
     return out_XC
 
 

@@ -3,6 +3,8 @@
 A segment is one small object of JSON lines, written whole, so that a reader sees all of it or nothing. Writing happens in a thread
 and takes what has come together meanwhile (group commit): a search of a thousand trials does not wait for the store. A segment
 that cannot be written is tried again with the next; the search itself goes on, it would only have more to redo after a crash.
+Events are numbered: one that was written twice counts once, and after a segment that a dying store cut off only what was written
+anew counts.
 
 The folder lies beside the search's own, and goes once that is committed. Crash order: results, manifest, then this is deleted.
 """
@@ -30,7 +32,7 @@ class Journal:
         self.store, self.uri = store, uri
         self._queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._writer = uuid.uuid4().hex[:8]
-        self._segment = 0
+        self._segment, self._events = 0, 0
         self._thread = threading.Thread(target=self._write_segments, name="search journal", daemon=True)
 
     def load(self) -> list[dict[str, Any]]:
@@ -39,13 +41,20 @@ class Journal:
         with ThreadPoolExecutor(READERS) as pool:
             texts = list(pool.map(self.store.read, uris))
         self._segment = int(uris[-1].rpartition("/")[2][:8]) if uris else 0
-        return [json.loads(line) for text in texts for line in text.decode().splitlines()]
+        found = [event for text in texts for event in _readable(text)]
+        events: list[dict[str, Any]] = []
+        for event in found:
+            if event.pop("number", len(events)) == len(events):
+                events.append(event)
+        self._events = len(events)
+        return events
 
     def start(self) -> None:
         self._thread.start()
 
     def append(self, event: dict[str, Any]) -> None:
-        self._queue.put(event)
+        self._queue.put({**event, "number": self._events})
+        self._events += 1
 
     def close(self) -> None:
         """Write what is left."""
@@ -78,3 +87,14 @@ class Journal:
         except (UnfreezeError, OSError):
             return False
         return True
+
+
+def _readable(text: bytes) -> list[dict[str, Any]]:
+    """The events of one segment, up to where it was cut off."""
+    events = []
+    for line in text.decode(errors="replace").splitlines():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return events

@@ -168,12 +168,16 @@ class _Running:
 
             free = FreeLanes(self.lanes)
             scheduler = Scheduler(self.engine, free, on_progress, expected_trials(self.search))
-            shared = {"work": self.work, "head": [ray.put(self.probe["head"])], "lanes": lanes()}
+            head = ray.put(self.probe["head"])
+            shared = {"work": self.work, "head": [head], "lanes": lanes()}
+            proposals = Proposals(self.engine, free)
+            if lanes():
+                proposals.start_ahead(lanes(), self.work, head)
             trainable = tune.with_parameters(SearchTrial, shared=shared)
             tuner = tune.Tuner(
                 tune.with_resources(trainable, self.slot),
                 tune_config=tune.TuneConfig(
-                    metric="val_accuracy", mode="max", search_alg=Proposals(self.engine, free), scheduler=scheduler,
+                    metric="val_accuracy", mode="max", search_alg=proposals, scheduler=scheduler,
                     reuse_actors=True, num_samples=-1, trial_dirname_creator=lambda trial: trial.trial_id,
                 ),
                 run_config=tune.RunConfig(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -17,7 +17,8 @@ from ray_jobs.proposals import Pause
 from ray_jobs.search import Epoch, status_of_error
 from ray_jobs.search_engine import SearchEngine
 from ray_jobs.search_space import TrialConfig
-from ray_jobs.trial_epoch import trial_epoch
+from ray_jobs.trial_epoch import run_ahead, trial_epoch
+from ray_jobs.work import Work
 
 MAX_WORKER_DEATHS = 2
 """A trial whose worker died starts again this many times; an eviction or a kill then changes nothing in the outcome."""
@@ -77,8 +78,19 @@ class Proposals(_StaysHere, Searcher):
     def __init__(self, engine: SearchEngine, lanes: FreeLanes) -> None:
         super().__init__(metric="val_accuracy", mode="max")
         self.engine, self.lanes = engine, lanes
+        self.ahead: list[dict[str, Any]] = []
+
+    def start_ahead(self, lanes: Sequence[Any], work: Work, head: Any) -> None:
+        """Let each lane train the first epoch of its first trial while Tune starts its actors, which takes seconds."""
+        while isinstance(first := self._next(), dict):
+            point = TrialConfig(**first["point"])
+            lanes[first["lane"]].run.remote(run_ahead, work, point, head if point.unfreeze_depth else None, str(first["index"]))
+            self.ahead.append(first)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        return self.ahead.pop(0) if self.ahead else self._next()
+
+    def _next(self) -> dict[str, Any] | None:
         if not self.lanes.left:
             return None
         index = self.engine.next()

@@ -144,7 +144,7 @@ class SearchSpec(_Part):
         1, ge=1, le=64, description="Fixed views of each train image in the cache: 1 as val sees it, the others by fit.augmentation."
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Of the products in a trial's training; auto: bfloat16 where the processor has it. Sums stay in float32."
+        "auto", description="Of the products in a trial; auto: bfloat16 where the processor has it. Sums stay in float32."
     )
     feature_dtype: FeatureDtype = Field("float32", description="How cached features are stored; computing stays in float32.")
 

@@ -2,20 +2,31 @@
 
 A lane is an actor that loads torch once and serves every step of a command: data, backbone, features, probes and trials. Ray gives
 a new process to every actor, also to those of Tune, and a process that loads torch costs 5 s of CPU: a third of a small search.
-Lanes reserve nothing, so two commands at once share the machine instead of waiting for each other.
+Lanes reserve nothing, so two commands at once share the machine instead of waiting for each other. On a stack that is up for long
+they outlive the command that opened them, and the next one claims them: it finds torch loaded.
 """
 
 from __future__ import annotations
 
+import gc
+import hashlib
+import json
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import ray
+from ray.util import list_named_actors
 
+from infra.ray_cluster import runtime_environment
 from ray_jobs.light_timm import import_timm
+
+if TYPE_CHECKING:
+    from infra.local_stack import Claim
 
 RETRIES = 3
 """Work is repeated where its worker died; all of it is harmless to repeat."""
+NAMESPACE = "unfreeze-lanes"
 
 
 class Lane:
@@ -33,16 +44,45 @@ class _Open:
     loading: ClassVar[list[Any]] = []
 
 
-def open_lanes(count: int) -> None:
-    """Start lanes, and let them load what every step needs; nobody waits for it.
+def open_lanes(count: int, address: str, claim: Claim) -> None:
+    """Start lanes, or take those that earlier commands left, and let them load what every step needs; nobody waits for it.
 
     One after the other: the first is ready sooner, and does the first steps, which have little to share out, while the others load.
     """
-    make: Any = ray.remote(Lane).options(num_cpus=0, max_restarts=-1, max_task_retries=RETRIES, name=None)
-    _Open.lanes = [make.remote() for _ in range(count)]
+    names = [f"{_version(address)}-{number}" for number in range(count)]
+    kept = claim(names)
+    if kept:
+        _end_older(set(names), claim)
+    _Open.lanes = [_lane(name if name in kept else None) for name in names]
     loaded = None
     _Open.loading = [loaded := lane.run.remote(load, loaded) for lane in _Open.lanes]
     _Open.waiting = [[reference] for reference in _Open.loading]
+
+
+def _lane(name: str | None) -> Any:
+    """A lane that ends with this command; with a name, the one of this name, which outlives it."""
+    lasting = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True} if name else {}
+    make: Any = ray.remote(Lane).options(num_cpus=0, max_restarts=-1, max_task_retries=RETRIES, **lasting)
+    return make.remote()
+
+
+def await_lanes() -> None:
+    """Return when every lane has loaded."""
+    ray.get(_Open.loading)
+
+
+def _version(address: str) -> str:
+    """What must be equal for a lane of one command to serve another: our code and the worker's environment."""
+    folder = Path(__file__).parents[1]
+    files = [(str(path), path.stat().st_mtime_ns) for part in ("ray_jobs", "infra") for path in sorted((folder / part).glob("*.py"))]
+    return hashlib.sha256(json.dumps([files, runtime_environment(address)], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _end_older(current: set[str], claim: Claim) -> None:
+    """End what is left of another version of the code or another environment, where nobody uses it."""
+    there = {actor["name"] for actor in list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE} - current
+    for name in claim(there):
+        ray.kill(ray.get_actor(name, NAMESPACE))
 
 
 def close_lanes() -> None:
@@ -78,9 +118,12 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def load(_after: object) -> None:
     """Load torch, timm and our own modules, once the argument is there."""
+    gc.disable()  # a third of the time would go into looking for garbage among what is being loaded
     import_timm()
     import torch
 
     from ray_jobs import backbone, cuts, dataset, feature_cache, features, trial  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()
+    gc.enable()

@@ -48,6 +48,18 @@ def where():
 with local_stack.session(["s3", "ray"], storage="s3://unfreeze"), ray_cluster.connect() as cluster:
     print(json.dumps({"worker": ray.get(where.remote()), "driver": listening(), "cpus": cluster.cpus}))
 """
+LANES = """
+import json, os, sys
+from functools import partial
+import ray
+from infra import local_stack, ray_cluster
+from ray_jobs.workers import lanes
+from tasks.warming import warm_up
+with local_stack.session(["s3", "ray"], storage="s3://unfreeze") as stack:
+    with ray_cluster.one_connection(partial(warm_up, claim=stack.claim)), ray_cluster.connect():
+        print(json.dumps(ray.get([lane.run.remote(os.getpid) for lane in lanes()])), flush=True)
+        sys.stdin.read()
+"""
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
@@ -107,6 +119,26 @@ def test_an_outside_client_reads_s3_with_what_status_prints(standing: dict[str, 
     assert _client(s3).list_objects_v2(Bucket="unfreeze", Prefix="a/")["KeyCount"] == 1
     with pytest.raises(ClientError, match="SignatureDoesNotMatch"):
         _client(s3, secret_key="wrong").list_buckets()
+
+
+def test_warm_workers_of_a_stack_that_stays_serve_one_command_after_another_but_never_two_at_once(
+    standing: dict[str, Any], start: Start
+) -> None:
+    first = start(LANES)
+    found = json.loads(first.stdout.readline()) if first.stdout else []
+    beside = start(LANES)
+    others = json.loads(beside.stdout.readline()) if beside.stdout else []
+    assert found
+    assert len(found) == len(others)
+    assert not {*found} & {*others}
+    beside.communicate()
+    first.kill()  # what it had claimed is free again
+    first.communicate()
+    after = start(LANES)
+    assert after.stdout
+    assert json.loads(after.stdout.readline()) == found
+    after.communicate()
+    assert not [pid for pid in others if psutil.pid_exists(pid)], "those that were not kept end with their command"
 
 
 def test_mlflow_keeps_artifacts_on_the_embedded_s3(standing: dict[str, Any]) -> None:
