@@ -18,7 +18,7 @@ from rich.text import Text
 
 debug = False
 LEADERS = 20
-OTHER_DIMENSIONS = ("weight_decay", "label_smoothing", "layer_decay", "optimizer", "batch_size")
+OTHER_DIMENSIONS = ("weight_decay", "label_smoothing", "layer_decay", "optimizer", "batch_size", "augmentation_strength")
 VERDICTS = {
     "promoted": "[bold green]promoted[/]",
     "kept": "[bold yellow]kept[/] (the champion stays)",

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from infra.errors import UserError
 from ray_jobs.search_space import TrialConfig
-from ray_jobs.spec import Spec, digest_of
+from ray_jobs.spec import Spec, digest_of, named_by
 
 SEARCH_CODE_VERSION = 2
 """Raise it when the same spec would give other trials or other results: a stored search is then not taken for it."""
@@ -88,9 +88,9 @@ class TrialRecord:
 def search_id(spec: Spec, *, backbone_digest: str, dataset_version: str, warm: Sequence[TrialConfig] = ()) -> str:
     """The key of a search's results: equal for equal work, wherever it ran."""
     return digest_of({
-        "search": spec.search.model_dump(mode="json"), "image_size": spec.data.image_size, "backbone": backbone_digest,
+        "search": spec.search.content, "image_size": spec.data.image_size, "backbone": backbone_digest,
         "augmentation": spec.fit.augmentation if spec.search.views > 1 else None,
-        "dataset": dataset_version, "warm": [asdict(config) for config in warm], "code": SEARCH_CODE_VERSION,
+        "dataset": dataset_version, "warm": [named_by(asdict(config)) for config in warm], "code": SEARCH_CODE_VERSION,
     })  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,6 +25,12 @@ class TrialConfig:
     layer_decay: float = 1.0
     optimizer: Optimizer = "adamw"
     batch_size: int = 32
+    augmentation_strength: float = 1.0
+
+
+def point_of(values: Mapping[str, Any]) -> TrialConfig:
+    """The point in a trial's record; dimensions that came after it was written are at their defaults, by which it was trained."""
+    return TrialConfig(**{name: values[name] for name in TrialConfig.__dataclass_fields__ if name in values})
 
 
 def dimensions(search: SearchSpec) -> dict[str, Values]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -90,6 +90,7 @@ def _kind(value: Any) -> str:
 
 LearningRate = Annotated[float, Field(gt=0, le=10)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Strength = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(gt=0, le=1)]
 BatchSize = Annotated[int, Field(ge=2, le=4096)]
 Optimizer = Literal["adamw", "sgd"]
@@ -103,6 +104,9 @@ LearningRates = Annotated[
 ]
 Shares = Annotated[
     Annotated[Share, Tag("value")] | Annotated[tuple[Share, ...], Tag("list")] | Annotated[Range, Tag("range")], Discriminator(_kind)
+]
+Strengths = Annotated[
+    Annotated[Strength, Tag("value")] | Annotated[tuple[Strength, ...], Tag("list")] | Annotated[Range, Tag("range")], Discriminator(_kind)
 ]
 Decays = Annotated[
     Annotated[Decay, Tag("value")] | Annotated[tuple[Decay, ...], Tag("list")] | Annotated[Range, Tag("range")], Discriminator(_kind)
@@ -139,6 +143,11 @@ class SearchSpec(_Part):
         1.0, description="Factor on the learning rate from one group to the one before; one value, a list or a range."
     )
     optimizer: Optimizers = Field("adamw", description="adamw, sgd (with Nesterov momentum 0.9), or a list of both to search over.")
+    augmentation_strength: Strengths = Field(
+        1.0,
+        description="Share of the augmented views (in trials) and images (in the fit) that are used; one value, a list or a range. "
+        "1 uses all, 0 none; to search over it, set views above 1.",
+    )
     class_weights: Literal["auto", "none"] = Field("auto", description="auto weights rare classes up when the classes are imbalanced.")
     views: int = Field(
         1, ge=1, le=64, description="Fixed views of each train image in the cache: 1 as val sees it, the others by fit.augmentation."
@@ -148,14 +157,16 @@ class SearchSpec(_Part):
     )
     feature_dtype: FeatureDtype = Field("float32", description="How cached features are stored; computing stays in float32.")
 
-    @field_validator("unfreeze_depth", "lr", "batch_size", "weight_decay", "label_smoothing", "layer_decay", "optimizer")
+    @field_validator(
+        "unfreeze_depth", "lr", "batch_size", "weight_decay", "label_smoothing", "layer_decay", "optimizer", "augmentation_strength"
+    )
     @classmethod
     def _has_no_duplicates(cls, value: Any) -> Any:
         if isinstance(value, tuple) and (not value or len(set(value)) != len(value)):
             raise ValueError("must be a list of different values")
         return value
 
-    @field_validator("lr", "weight_decay", "label_smoothing", "layer_decay")
+    @field_validator("lr", "weight_decay", "label_smoothing", "layer_decay", "augmentation_strength")
     @classmethod
     def _range_is_within_bounds(cls, value: Any, info: ValidationInfo) -> Any:
         least, most = BOUNDS[str(info.field_name)]
@@ -173,15 +184,23 @@ class SearchSpec(_Part):
         return self
 
     @property
+    def content(self) -> dict[str, Any]:
+        """What names this search in keys."""
+        return named_by(self.model_dump(mode="json"))
+
+    @property
     def resolved_searcher(self) -> Literal["grid", "random", "optuna"]:
         """The searcher in force where the spec leaves it open."""
         return self.searcher or ("random" if any(isinstance(getattr(self, name), Range) for name in SEARCHED) else "grid")
 
 
-SEARCHED = ("lr", "weight_decay", "label_smoothing", "layer_decay", "optimizer", "batch_size")
+SEARCHED = ("lr", "weight_decay", "label_smoothing", "layer_decay", "optimizer", "batch_size", "augmentation_strength")
 """The dimensions of the search besides the unfreeze depth."""
 
-BOUNDS = {"lr": (1e-12, 10.0), "weight_decay": (0.0, 1.0), "label_smoothing": (0.0, 0.99), "layer_decay": (1e-6, 1.0)}
+BOUNDS = {
+    "lr": (1e-12, 10.0), "weight_decay": (0.0, 1.0), "label_smoothing": (0.0, 0.99), "layer_decay": (1e-6, 1.0),
+    "augmentation_strength": (0.0, 1.0),
+}  # fmt: skip
 
 
 class FitSpec(_Part):
@@ -221,15 +240,35 @@ class Spec(_Part):
             raise ValueError(f"search.views: {self.search.views} views would all be the same with fit.augmentation: none")
         return self
 
+    @model_validator(mode="after")
+    def _strength_has_something_to_act_on(self) -> Spec:
+        strength = self.search.augmentation_strength
+        if self.fit.augmentation == "none" and strength != 1.0:
+            raise ValueError(
+                "search.augmentation_strength: nothing is augmented with fit.augmentation: none; choose a preset there, or leave it out"
+            )
+        if self.search.views == 1 and not isinstance(strength, float):
+            raise ValueError(
+                "search.augmentation_strength: trials differ in it only by the cached views; set search.views to 2 or more, "
+                "or give one value, which then acts in the fit alone"
+            )
+        return self
+
     @property
     def digest(self) -> str:
         """Hex digest of everything but where the data and the results lie."""
         content = self.model_dump(mode="json", exclude={"storage": True, "data": {"source"}})
-        return digest_of(content)
+        return digest_of({**content, "search": self.search.content})
 
     @property
     def fit_max_epochs(self) -> int:
         return self.fit.max_epochs or self.search.max_epochs
+
+
+def named_by(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values as they enter a key: dimensions that came late are left out at their defaults, so that earlier work is still found."""
+    defaults: dict[str, tuple[Any, ...]] = {"augmentation_strength": (1.0,)}
+    return {name: value for name, value in values.items() if value not in defaults.get(name, ())}
 
 
 def digest_of(content: Any) -> str:

@@ -13,7 +13,7 @@ from tasks.policies import step
 
 def _key(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any]) -> list[Any]:
     counts = [dataset["train"], dataset["val"]]
-    return [spec.storage, spec.search.model_dump(mode="json"), dataset["version"], counts, backbone["digest"], spec.data.image_size]
+    return [spec.storage, spec.search.content, dataset["version"], counts, backbone["digest"], spec.data.image_size]
 
 
 @step(name="plan search", key=_key, timeout_s=3600)

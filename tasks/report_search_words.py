@@ -15,7 +15,7 @@ ENDINGS = {
     "out_of_memory": "ran out of memory",
     "failed": "failed",
 }
-OTHER_DIMENSIONS = ("weight_decay", "label_smoothing", "layer_decay", "optimizer", "batch_size")
+OTHER_DIMENSIONS = ("weight_decay", "label_smoothing", "layer_decay", "optimizer", "batch_size", "augmentation_strength")
 NOTEWORTHY = 0.005
 """Half a point: less is within the noise of such a val split."""
 

@@ -12,7 +12,7 @@ from typing import Any
 from infra import progress, ray_cluster, tracking
 from infra.progress import OnProgress
 from infra.tracking import Metric, RunRecord
-from ray_jobs.search_space import TrialConfig, dimensions, warm_places
+from ray_jobs.search_space import TrialConfig, dimensions, point_of, warm_places
 from ray_jobs.spec import Range, Spec
 from tasks.policies import effect, step
 
@@ -23,8 +23,7 @@ Values = dict[str, Any]
 
 
 def _key(spec: Spec, dataset: Values, backbone: Values, features: Values, plan: Values, warm: dict[str, list[Values]]) -> list[Any]:
-    search = spec.search.model_dump(mode="json")
-    return [spec.storage, search, spec.fit.augmentation, dataset["version"], backbone["digest"], warm]
+    return [spec.storage, spec.search.content, spec.fit.augmentation, dataset["version"], backbone["digest"], warm]
 
 
 @step(name="search", key=_key, timeout_s=48 * 3600)
@@ -62,7 +61,7 @@ PLANNED = ("materialise", "source", "estimated_s", "prefix_s", "trials_s", "memo
 
 
 def _warm_key(spec: Spec, dataset: Values, backbone: Values) -> list[Any]:
-    return [spec.name, spec.storage, spec.search.model_dump(mode="json"), dataset["version"], backbone["digest"]]
+    return [spec.name, spec.storage, spec.search.content, dataset["version"], backbone["digest"]]
 
 
 @step(name="look up past searches", key=_warm_key, timeout_s=600)
@@ -85,6 +84,7 @@ def past_points(spec: Spec, dataset: Values, backbone: Values) -> dict[str, list
 
 def _point(params: Mapping[str, str], wanted: Mapping[str, Any]) -> TrialConfig | None:
     """A past trial as a point of this search's space; None where it lies outside."""
+    params = {"augmentation_strength": "1.0", **params}  # a trial from before it was a dimension used it all
     values: Values = {}
     for name, allowed in wanted.items():
         if name not in params:
@@ -161,7 +161,7 @@ def _trial_record(search_id: str, backbone: Values, trial: Values, tags: dict[st
         identity=f"{search_id}/{trial['trial_id']}",
         name=f"depth {trial['unfreeze_depth']}, lr {trial['lr']:.2g}",
         tags=tags | {"unfreeze.kind": "trial", "unfreeze.trial_id": str(trial["trial_id"]), "unfreeze.status": trial["status"]},
-        params={name: trial[name] for name in TrialConfig.__dataclass_fields__} | {"backbone": backbone["name"]},
+        params=asdict(point_of(trial)) | {"backbone": backbone["name"]},
         metrics=metrics,
         started_ms=started_ms,
         ended_ms=started_ms + int(1000 * trial["seconds"]),

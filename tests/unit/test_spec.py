@@ -52,6 +52,11 @@ def test_all_mistakes_are_listed_at_once_with_the_path_of_each() -> None:
         ("storage=/tmp/x", "storage"),
         ("search.scheduler=asah", "search.scheduler"),
         ("fit.num_workers=0", "fit.num_workers"),
+        ("search.augmentation_strength=1.1", "search.augmentation_strength"),
+        ("search.augmentation_strength=[]", "search.augmentation_strength"),
+        ("search.augmentation_strength={low: 0.5, high: 2}", "between 0 and 1"),
+        ("search.augmentation_strength=[0.5, 1]", "search.views to 2 or more"),
+        ("search.augmentation_strength={low: 0.5, high: 1}", "or give one value"),
         ("data=5", "data"),
         ("data.image_size.x=5", "image_size"),
     ],
@@ -100,6 +105,27 @@ def test_the_digest_knows_what_matters_and_not_where_things_lie() -> None:
     other = spec.model_copy(update={"fit": spec.fit.model_copy(update={"num_workers": 2})})
     assert spec.digest == elsewhere.digest
     assert spec.digest != other.digest
+
+
+@pytest.mark.parametrize("strength", [0.5, [0.5, 1.0], {"low": 0.0, "high": 1.0, "scale": "linear"}])
+def test_a_strength_of_no_augmentation_is_refused_with_the_way_out(strength: object) -> None:
+    content = {**MINIMAL, "search": {"augmentation_strength": strength}, "fit": {"augmentation": "none"}}
+    with pytest.raises(UserError, match=r"augmentation_strength: nothing is augmented with fit\.augmentation: none; choose a preset"):
+        parse_spec(content)
+
+
+def test_a_strength_needs_views_only_where_it_is_searched() -> None:
+    assert parse_spec({**MINIMAL, "search": {"augmentation_strength": 0}}).search.augmentation_strength == 0.0
+    spec = parse_spec({**MINIMAL, "search": {"augmentation_strength": {"low": 0.25, "high": 1}, "views": 4}})
+    assert spec.search.resolved_searcher == "random"
+
+
+def test_a_dimension_that_came_late_names_nothing_at_its_default() -> None:
+    spec = parse_spec(MINIMAL)
+    said = parse_spec({**MINIMAL, "search": {"augmentation_strength": 1}})
+    other = parse_spec({**MINIMAL, "search": {"augmentation_strength": 0.5}})
+    assert "augmentation_strength" not in spec.search.content
+    assert said.digest == spec.digest != other.digest
 
 
 def test_the_schema_describes_every_key() -> None:
