@@ -39,8 +39,9 @@ class SearchTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """One epoch."""
         self.epoch += 1
-        head = ray.get(self.shared["head"][0]) if self.point.unfreeze_depth and self.epoch == 1 else None
-        arguments = (self.shared["work"], self.point, head, self.key, self.epoch)
+        name = self.point.backbone
+        head = ray.get(self.shared["heads"][name]) if self.point.unfreeze_depth and self.epoch == 1 else None
+        arguments = (self.shared["works"][name], self.point, head, self.key, self.epoch)
         result: dict[str, Any] = ray.get(self.lane.run.remote(trial_epoch, *arguments)) if self.lane else trial_epoch(*arguments)
         return result
 

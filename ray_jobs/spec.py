@@ -94,7 +94,7 @@ Strength = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(gt=0, le=1)]
 BatchSize = Annotated[int, Field(ge=2, le=4096)]
 Optimizer = Literal["adamw", "sgd"]
-_TAGS = {"range", "list", "value"}
+_TAGS = {"range", "list", "value", "mapping"}
 
 
 LearningRates = Annotated[
@@ -113,6 +113,12 @@ Decays = Annotated[
 ]
 Optimizers = Annotated[Annotated[Optimizer, Tag("value")] | Annotated[tuple[Optimizer, ...], Tag("list")], Discriminator(_kind)]
 BatchSizes = Annotated[Annotated[BatchSize, Tag("value")] | Annotated[tuple[BatchSize, ...], Tag("list")], Discriminator(_kind)]
+
+
+Backbone = Annotated[
+    Annotated[str, Field(min_length=1), Tag("value")] | Annotated[BackboneSpec, Tag("mapping")],
+    Discriminator(lambda value: "value" if isinstance(value, str) else "mapping"),
+]
 
 
 class SearchSpec(_Part):
@@ -147,6 +153,11 @@ class SearchSpec(_Part):
         1.0,
         description="Share of the augmented views (in trials) and images (in the fit) that are used; one value, a list or a range. "
         "1 uses all, 0 none; to search over it, set views above 1.",
+    )
+    backbone: tuple[Backbone, ...] = Field(
+        (),
+        description="Further backbones to search over, besides the spec's own: timm names, or {name, weights} as there. "
+        "A bare name has the own one's weights where those are timm or none, else timm.",
     )
     class_weights: Literal["auto", "none"] = Field("auto", description="auto weights rare classes up when the classes are imbalanced.")
     views: int = Field(
@@ -254,6 +265,27 @@ class Spec(_Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _backbones_differ(self) -> Spec:
+        names = [backbone.name for backbone in self.backbones]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"search.backbone: {', '.join(twice)} is there twice; backbone.name is always searched, so list only others, once each"
+            )
+        return self
+
+    @property
+    def backbones(self) -> tuple[BackboneSpec, ...]:
+        """Every backbone of the search, the spec's own first."""
+        weights = self.backbone.weights if self.backbone.weights in ("timm", "none") else "timm"
+        listed = (BackboneSpec(name=one, weights=weights) if isinstance(one, str) else one for one in self.search.backbone)
+        return (self.backbone, *listed)
+
+    def with_backbone(self, backbone: BackboneSpec) -> Spec:
+        """The spec of a search over this backbone alone."""
+        return self.model_copy(update={"backbone": backbone, "search": self.search.model_copy(update={"backbone": ()})})
+
     @property
     def digest(self) -> str:
         """Hex digest of everything but where the data and the results lie."""
@@ -267,7 +299,7 @@ class Spec(_Part):
 
 def named_by(values: Mapping[str, Any]) -> dict[str, Any]:
     """Plain values as they enter a key: dimensions that came late are left out at their defaults, so that earlier work is still found."""
-    defaults: dict[str, tuple[Any, ...]] = {"augmentation_strength": (1.0,)}
+    defaults: dict[str, tuple[Any, ...]] = {"augmentation_strength": (1.0,), "backbone": ("", [])}
     return {name: value for name, value in values.items() if value not in defaults.get(name, ())}
 
 
@@ -323,14 +355,19 @@ def _describe(mistake: Any) -> str:
 
 def _known_keys(location: Sequence[Any]) -> list[str]:
     model: type[BaseModel] = Spec
-    for part in location:
-        field = model.model_fields.get(str(part))
-        parts = [field.annotation, *get_args(field.annotation)] if field else []
-        inner = [kind for kind in parts if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    for part in (name for name in location if isinstance(name, str)):  # a number is a place in a list
+        field = model.model_fields.get(part)
+        inner = _models_in(field.annotation) if field else []
         if not inner:
             return []
         model = inner[0]
     return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
 def _set(content: dict[str, Any], override: str) -> None:
@@ -359,9 +396,16 @@ def _plain(value: Any) -> Any:
 
 
 def _with_absolute_paths(spec: Spec, folder: Path) -> Spec:
-    data, backbone = spec.data, spec.backbone
+    data, search = spec.data, spec.search
     if not data.source.startswith("s3://"):
         data = data.model_copy(update={"source": str((folder / Path(data.source).expanduser()).absolute())})
-    if backbone.weights not in ("timm", "none") and not backbone.weights.startswith(("s3://", "package:")):
-        backbone = backbone.model_copy(update={"weights": str((folder / Path(backbone.weights).expanduser()).absolute())})
-    return spec.model_copy(update={"data": data, "backbone": backbone})
+    listed = tuple(one if isinstance(one, str) else _with_absolute_weights(one, folder) for one in search.backbone)
+    return spec.model_copy(update={
+        "data": data, "backbone": _with_absolute_weights(spec.backbone, folder), "search": search.model_copy(update={"backbone": listed}),
+    })  # fmt: skip
+
+
+def _with_absolute_weights(backbone: BackboneSpec, folder: Path) -> BackboneSpec:
+    if backbone.weights in ("timm", "none") or backbone.weights.startswith(("s3://", "package:")):
+        return backbone
+    return backbone.model_copy(update={"weights": str((folder / Path(backbone.weights).expanduser()).absolute())})

@@ -100,7 +100,8 @@ def _dataset(dataset: dict[str, Any]) -> dict[str, Any]:
 
 
 def _search(search: dict[str, Any]) -> dict[str, Any]:
-    best = {key: search["best"][key] for key in ("unfreeze_depth", "lr", "accuracy")}
+    several = len(search.get("backbones", ())) > 1
+    best = {key: search["best"][key] for key in ("unfreeze_depth", "lr", "accuracy", *(["backbone"] if several else []))}
     return {
         "search_id": search["search_id"],
         "trials": search["trials"],

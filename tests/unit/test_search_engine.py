@@ -101,6 +101,9 @@ SPECS = {
     "optuna, asha": {"lr": {"low": 1e-4, "high": 1e-2}, "num_trials": 10, "searcher": "optuna", "scheduler": "asha"},
     "grid, ladder": {"lr": [1e-4, 1e-3, 3e-3, 1e-2], "scheduler": "ladder"},
     "random, ladder": {"lr": {"low": 1e-4, "high": 1e-2}, "num_trials": 14, "scheduler": "ladder"},
+    "grid of backbones, asha": {"lr": [1e-3, 3e-3], "scheduler": "asha", "backbone": ["resnet34"]},
+    "optuna over backbones": {"lr": {"low": 1e-4, "high": 1e-2}, "num_trials": 10, "searcher": "optuna", "backbone": ["resnet34", "vit"]},
+    "random ladder of backbones": {"lr": {"low": 1e-4, "high": 1e-2}, "num_trials": 14, "scheduler": "ladder", "backbone": ["resnet34"]},
 }
 
 
