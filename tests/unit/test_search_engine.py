@@ -116,6 +116,16 @@ def test_the_outcome_depends_on_neither_timing_nor_lanes_nor_deaths(name: str, s
     assert outcome(World(search, lanes=lanes, seed=seed, deaths=deaths).run()) == undisturbed
 
 
+def test_a_journal_from_before_a_dimension_is_taken_up_where_it_was() -> None:
+    world = World(SearchSpec(unfreeze_depth=(0, 1), lr=(1e-3, 3e-3), max_epochs=MAX_EPOCHS), lanes=1, seed=0, deaths=0)
+    undisturbed = outcome(world.run())
+    for event in world.events:
+        for name in ("augmentation_strength", "backbone"):
+            event.get("config", {}).pop(name, None)
+    del world.events[len(world.events) // 2 :]
+    assert outcome(world.run()) == undisturbed
+
+
 def test_halving_stops_about_two_thirds_at_a_rung_and_never_the_first() -> None:
     search = SearchSpec(unfreeze_depth=(1,), num_trials=60, max_epochs=MAX_EPOCHS, scheduler="asha")
     engine = World(search, lanes=3, seed=1, deaths=0).run()
