@@ -58,7 +58,7 @@ class Workload:
 
         def both() -> None:
             features = cache_features(spec, self.dataset, self.backbone, ignore, depths=cuts)["features"]
-            run_search(spec, self.dataset, self.backbone, features, ignore, sources=source)
+            run_search(spec, self.dataset, [self.backbone], [features], ignore, sources=[source])
 
         return seconds(both)
 

@@ -37,10 +37,10 @@ class Search:
         self.number += 1
         storage = f"s3://unfreeze/{self.content['name']}-{self.number}"
         spec = parse_spec({**self.content, "storage": storage, "search": {**self.content["search"], "seed": seed}})
-        inputs = prepared(spec)
-        features = cache_features(spec, *inputs, ignore)["features"]
+        dataset, backbone = prepared(spec)
+        features = cache_features(spec, dataset, backbone, ignore)["features"]
         found: dict[str, Any] = {}
-        wall_s = seconds(lambda: found.update(run_search(spec, *inputs, features, ignore)))
+        wall_s = seconds(lambda: found.update(run_search(spec, dataset, [backbone], [features], ignore)))
         trials = [trial for trial in found["trials_detail"] if trial["unfreeze_depth"]]
         own_s = sum(epoch["seconds"] for trial in trials for epoch in trial["curve"])
         return {"wall_s": wall_s, "own_s": own_s, "trials": len(trials), "lanes": len(lanes())}

@@ -46,11 +46,11 @@ class Night:
         from tasks.search import past_points, record_search
 
         dataset, backbone = prepared(spec)
-        points = past_points.fn(spec, dataset, backbone)["points"]
+        points = past_points.fn(spec, dataset, [backbone])["points"]
         features = cache_features(spec, dataset, backbone, ignore)["features"]
-        found = run_search(spec, dataset, backbone, features, ignore, warm=[TrialConfig(**point) for point in points])
+        found = run_search(spec, dataset, [backbone], [features], ignore, warm=[TrialConfig(**point) for point in points])
         if record:
-            record_search.fn(spec, dataset, backbone, found)
+            record_search.fn(spec, dataset, [backbone], found)
         trials: list[dict[str, Any]] = found["trials_detail"]
         return trials
 

@@ -18,7 +18,7 @@ from rich.text import Text
 
 debug = False
 LEADERS = 20
-OTHER_DIMENSIONS = ("weight_decay", "label_smoothing", "layer_decay", "optimizer", "batch_size")
+OTHER_DIMENSIONS = ("weight_decay", "label_smoothing", "layer_decay", "optimizer", "batch_size", "augmentation_strength", "backbone")
 VERDICTS = {
     "promoted": "[bold green]promoted[/]",
     "kept": "[bold yellow]kept[/] (the champion stays)",
@@ -70,7 +70,7 @@ def retrain(answer: dict[str, Any]) -> Panel:
     name, version, serving = model["name"], model["version"], model["champion_version"]
     challenger = "" if serving == version else f" (challenger: {version})"
     quarantined = f", {dataset['quarantined']} quarantined" if dataset["quarantined"] else ""
-    found = f"unfreeze depth {best['unfreeze_depth']}, learning rate {best['lr']:.2g}"
+    found = f"{_backbone(best)}unfreeze depth {best['unfreeze_depth']}, learning rate {best['lr']:.2g}"
     table.add_row("verdict", f"{VERDICTS[answer['status']]}: {answer['decision']['reason']}")
     table.add_row("serving", f"[bold]{name} version {serving}[/]{challenger}")
     table.add_row("holdout", f"accuracy [bold]{_percent(scores['accuracy'])}[/] on {dataset['holdout']} images never trained on")
@@ -91,7 +91,7 @@ def retrain(answer: dict[str, Any]) -> Panel:
 def search(answer: dict[str, Any]) -> Group:
     """The leaderboard of a search, and what it cost."""
     best, trials = answer["search"]["best"], answer["trials_detail"]
-    found = f"best: depth {best['unfreeze_depth']}, lr {best['lr']:.2g}, val {_percent(best['accuracy'])}"
+    found = f"best: {_backbone(best)}depth {best['unfreeze_depth']}, lr {best['lr']:.2g}, val {_percent(best['accuracy'])}"
     table = Table(title=f"{len(trials)} trials in {answer['search']['seconds']:.0f} s; {found}")
     varied = [name for name in OTHER_DIMENSIONS if len({trial[name] for trial in trials}) > 1]
     for column in ("depth", "lr", *(name.replace("_", " ") for name in varied), "val accuracy", "epochs", "status", "seconds"):
@@ -106,6 +106,11 @@ def search(answer: dict[str, Any]) -> Group:
     for name, place in (("leaderboard", answer["search"]["leaderboard_uri"]), ("report", answer["report_path"])):
         places.add_row(Text(name, style="dim"), Text(place, overflow="fold"))
     return Group(table, *lines, *answer["decisions"], _cost(answer["cost"]), places)
+
+
+def _backbone(best: dict[str, Any]) -> str:
+    """The winner's, where a search had several."""
+    return f"{best['backbone']}, " if "backbone" in best else ""
 
 
 def _cost(cost: dict[str, Any]) -> str:

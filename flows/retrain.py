@@ -13,14 +13,14 @@ from tasks.announcing import announce
 from tasks.backbones import prepare_backbone
 from tasks.datasets import prepare_data
 from tasks.evaluation import evaluate
-from tasks.features import cache_features
+from tasks.features import cache_features, together
 from tasks.outcome import judged, retrain_outcome, skipped
 from tasks.planning import plan_search
 from tasks.promotion import find_champion, promote
 from tasks.publishing import find_finished, publish, remember
 from tasks.registration import register_model
 from tasks.report_content import example_image, record_evaluation, render_report
-from tasks.search import past_points, record_search, run_search
+from tasks.search import past_points, record_search, run_search, winner
 from tasks.training import fit_winner
 
 
@@ -29,14 +29,15 @@ def retrain(spec: Spec) -> dict[str, Any]:
     """Find, fit, judge and publish the next version of one model; what `retrain --json` prints."""
     started = time.monotonic()
     dataset = prepare_data(spec)
-    backbone = prepare_backbone(spec)
-    finished = find_finished(spec, dataset, backbone)
+    backbones = [prepare_backbone(spec.with_backbone(backbone)) for backbone in spec.backbones]
+    finished = find_finished(spec, dataset, backbones)
     if finished:
         return skipped(finished, flow_run.get_id(), time.monotonic() - started)
-    plan = plan_search(spec, dataset, backbone)
-    features = cache_features(spec, dataset, backbone, plan)
-    search = run_search(spec, dataset, backbone, features, plan, past_points(spec, dataset, backbone))
-    record_search(spec, dataset, backbone, search)
+    plans = [plan_search(spec, dataset, backbone) for backbone in backbones]
+    features = [cache_features(spec, dataset, backbone, plan) for backbone, plan in zip(backbones, plans, strict=True)]
+    search = run_search(spec, dataset, backbones, features, plans, past_points(spec, dataset, backbones))
+    record_search(spec, dataset, backbones, search)
+    backbone = winner(backbones, search)
     fit = fit_winner(spec, dataset, backbone, search)
     champion = find_champion(spec)
     models = {"challenger": fit["model_uri"], "probe": fit["probe_model_uri"]} | (
@@ -44,14 +45,13 @@ def retrain(spec: Spec) -> dict[str, Any]:
     )
     evaluation = evaluate(spec, dataset, models)
     model = register_model(spec, dataset, backbone, search, fit, evaluation, example_image(dataset))
-    parts = judged(
-        spec, {"dataset": dataset, "features": features, "search": search, "fit": fit, "evaluation": evaluation}, model, champion
-    )
+    found = {"dataset": dataset, "features": together(features), "search": search, "fit": fit, "evaluation": evaluation}
+    parts = judged(spec, found, model, champion)
     report = render_report(spec, parts)
     published = publish(spec, model, fit, evaluation, report)
     serving = promote(spec, model["version"], parts["decision"], champion["version"] if champion else None)
     shown = record_evaluation(spec, parts, report)
     outcome = retrain_outcome(parts, model, published, serving, flow_run.get_id(), time.monotonic() - started)
     announce(spec.name, outcome, search["trials_detail"], shown["link"])
-    remember(spec, dataset, backbone, outcome)
+    remember(spec, dataset, backbones, outcome)
     return outcome | {"report_path": shown["path"]}

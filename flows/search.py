@@ -11,7 +11,7 @@ from ray_jobs.spec import Spec
 from tasks.announcing import announce_search
 from tasks.backbones import prepare_backbone
 from tasks.datasets import prepare_data
-from tasks.features import cache_features
+from tasks.features import cache_features, together
 from tasks.outcome import search_outcome
 from tasks.planning import plan_search
 from tasks.report_content import report_search
@@ -22,11 +22,11 @@ from tasks.search import past_points, record_search, run_search
 def search(spec: Spec) -> dict[str, Any]:
     """Search unfreeze depth and learning rate; what `search --json` prints."""
     dataset = prepare_data(spec)
-    backbone = prepare_backbone(spec)
-    plan = plan_search(spec, dataset, backbone)
-    features = cache_features(spec, dataset, backbone, plan)
-    found = run_search(spec, dataset, backbone, features, plan, past_points(spec, dataset, backbone))
-    run_id = record_search(spec, dataset, backbone, found)
-    report = report_search(spec, {"dataset": dataset, "features": features, "search": found}, run_id)
+    backbones = [prepare_backbone(spec.with_backbone(backbone)) for backbone in spec.backbones]
+    plans = [plan_search(spec, dataset, backbone) for backbone in backbones]
+    features = [cache_features(spec, dataset, backbone, plan) for backbone, plan in zip(backbones, plans, strict=True)]
+    found = run_search(spec, dataset, backbones, features, plans, past_points(spec, dataset, backbones))
+    run_id = record_search(spec, dataset, backbones, found)
+    report = report_search(spec, {"dataset": dataset, "features": together(features), "search": found}, run_id)
     announce_search(spec.name, found["trials_detail"], report["link"])
     return search_outcome(dataset, found, report, flow_run.get_id())

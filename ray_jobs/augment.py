@@ -40,6 +40,15 @@ def seed_of(seed: int, epoch: int, image: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def is_augmented(seed: int, strength: float) -> bool:
+    """Whether the image of this seed (see `seed_of`) is augmented, which a share `strength` of all are.
+
+    Decided by the seed's upper bits: torch's generator takes the lower 32 only, so the image that is augmented looks as at any
+    other strength.
+    """
+    return (seed >> 32) < strength * 2**31
+
+
 def seed_of_view(sha256: str, view: int) -> int:
     """A seed for one fixed view of an image: the same in any dataset, on any machine."""
     digest = hashlib.blake2b(f"{sha256}/{view}".encode(), digest_size=8).digest()

@@ -67,7 +67,7 @@ def check(name: str, image_size: int, depths: Sequence[int]) -> None:
         _try_forward(model, name, image_size)
     groups = num_groups(model)
     for depth in depths:
-        require_depth(depth, groups)
+        require_depth(depth, groups, f"the backbone {name!r}")
     trace(model)
 
 

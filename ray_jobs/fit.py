@@ -217,7 +217,7 @@ class Augmented(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
     def __init__(self, kept: Images, labels_N: npt.NDArray[np.int64], rows: range, plan: Plan, epoch: int) -> None:
         self.kept, self.labels_N, self.rows, self.plan, self.epoch = kept, labels_N, rows, plan, epoch
-        self.transform = augment.build(plan.augmentation, plan.image_size)
+        self.augmented, self.plain = (augment.build(preset, plan.image_size) for preset in (plan.augmentation, "none"))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -225,7 +225,8 @@ class Augmented(torch.utils.data.Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         row = self.rows[index]  # of the whole train split: what an image is turned into does not depend on the rank that has it
         seed = augment.seed_of(self.plan.seed, self.epoch, row)
-        return augment.seeded(self.transform, self.kept[index], seed), int(self.labels_N[row])
+        transform = self.augmented if augment.is_augmented(seed, self.plan.augmentation_strength) else self.plain
+        return augment.seeded(transform, self.kept[index], seed), int(self.labels_N[row])
 
 
 def train(plan: Plan, rank: Rank, *, store: ObjectStore, cache: Path, on_epoch: OnEpoch = lambda row: None) -> None:

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from infra.errors import UserError
 from infra.object_store import join_uri
-from ray_jobs.spec import Augmentation, Spec, digest_of
+from ray_jobs.search_space import point_of
+from ray_jobs.spec import Augmentation, Spec, digest_of, named_by
 
 FIT_CODE_VERSION = 1
 """Raise it whenever the same plan would give other weights: a stored fit is then not taken for it."""
@@ -52,6 +53,7 @@ class Plan:
     optimizer: str
     class_weights: str
     augmentation: Augmentation
+    augmentation_strength: float
     seed: int
     image_size: int
     mean: tuple[float, ...]
@@ -128,21 +130,21 @@ def choose(best: EpochRow | None, plan: Plan) -> tuple[str, str]:
 
 def plan_fit(spec: Spec, dataset: Mapping[str, Any], backbone: Mapping[str, Any], search: Mapping[str, Any]) -> Plan:
     """The plan of a fit; its `fit_id` changes with everything that changes its result, and with nothing else."""
-    best, probe = search["best"], search["probe"]
+    best, probe = point_of(search["best"]), search["probe"]
     matters: dict[str, Any] = {
         "classes": tuple(dataset["classes"]), "backbone_name": backbone["name"],
         "probe_lr": probe["lr"], "probe_accuracy": probe["accuracy"], "probe_val_loss": probe["val_loss"],
-        "unfreeze_depth": best["unfreeze_depth"], "lr": best["lr"],
+        "unfreeze_depth": best.unfreeze_depth, "lr": best.lr,
         "max_epochs": spec.fit_max_epochs, "patience": spec.fit.patience, "batch_size": spec.fit.batch_size_per_worker,
-        "weight_decay": best["weight_decay"], "label_smoothing": best["label_smoothing"],
-        "layer_decay": best["layer_decay"], "optimizer": best["optimizer"],
+        "weight_decay": best.weight_decay, "label_smoothing": best.label_smoothing, "layer_decay": best.layer_decay,
+        "optimizer": best.optimizer, "augmentation_strength": best.augmentation_strength,
         "class_weights": spec.search.class_weights, "augmentation": spec.fit.augmentation, "seed": spec.search.seed,
         "image_size": spec.data.image_size, "mean": tuple(backbone["mean"]), "std": tuple(backbone["std"]),
         "max_pixels": int(spec.data.max_megapixels * 1e6), "num_workers": spec.fit.num_workers,
     }  # fmt: skip
     _require_enough(spec, dataset)
     sources = {"dataset": dataset["version"], "backbone": backbone["digest"], "search": search["search_id"], "code": FIT_CODE_VERSION}
-    fit_id = digest_of({**matters, **sources})
+    fit_id = digest_of({**named_by(matters), **sources})
     return Plan(
         fit_id=fit_id, fit_uri=join_uri(spec.storage, "fits", fit_id), dataset_uri=dataset["uri"], backbone_uri=backbone["uri"],
         probe_uri=probe["uri"], **matters,

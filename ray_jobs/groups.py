@@ -71,10 +71,10 @@ def trainable_names(model: nn.Module, depth: int) -> set[str]:
     return head_names(model).union(*groups[len(groups) - depth :])
 
 
-def require_depth(depth: int, groups: int) -> None:
+def require_depth(depth: int, groups: int, backbone: str = "this backbone") -> None:
     if not 0 <= depth <= groups:
         raise UserError(
-            f"Unfreeze depth {depth} is beyond this backbone: it has {groups} groups.",
+            f"Unfreeze depth {depth} is beyond {backbone}: it has {groups} groups.",
             f"Give depths from 0 (linear probe) to {groups} (full fine-tuning) under search.unfreeze_depth.",
         )
 

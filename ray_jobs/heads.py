@@ -114,9 +114,10 @@ def train_alone(training: SuffixTraining, patience: int | None, head: Callable[[
     return result
 
 
-def _shared(result: HeadResult) -> tuple[int, int, int]:
-    """What heads of one chunk have in common: the order of the rows, the steps, the schedule's shape."""
-    return result.recipe.seed, result.recipe.batch_size, result.recipe.max_epochs
+def _shared(result: HeadResult) -> tuple[int, int, int, float]:
+    """What heads of one chunk have in common: the order of the rows, the steps, the schedule's shape, the views that are drawn."""
+    recipe = result.recipe
+    return recipe.seed, recipe.batch_size, recipe.max_epochs, recipe.augmentation_strength
 
 
 class _Chunk:
@@ -161,7 +162,8 @@ class _Chunk:
     def _train(self, order: torch.Generator) -> Tensor:
         rows, total_H = self.rows, torch.zeros(len(self.results), device=self.counts.device)
         order_N = torch.randperm(rows.train, generator=order)
-        drawn_N = draw_views(order_N, rows.views, rows.train, len(rows.labels_N), order)
+        strength = self.recipe.augmentation_strength
+        drawn_N = draw_views(order_N, rows.views, rows.train, len(rows.labels_N), order, strength=strength)
         features_ND, labels_N = rows.features_ND[drawn_N.to(self.counts.device)], rows.labels_N[order_N.to(self.counts.device)]
         for features_BD, labels_B in zip(
             torch.split(features_ND, self.recipe.batch_size), torch.split(labels_N, self.recipe.batch_size), strict=True

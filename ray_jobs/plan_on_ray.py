@@ -17,7 +17,7 @@ from infra.settings import cache_dir
 from ray_jobs.features_on_ray import num_groups_of, result_of
 from ray_jobs.light_timm import import_timm
 from ray_jobs.plan import Calibration, Workload, expected_epochs, plan
-from ray_jobs.search_space import probe_learning_rates, trial_configs
+from ray_jobs.search_space import backbone_in_points, probe_learning_rates, trial_configs
 from ray_jobs.spec import Spec, digest_of
 from ray_jobs.workers import submit
 
@@ -44,8 +44,11 @@ class _Job:
 def plan_search(
     spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], *, views: int = 1, memory_bytes: float | None = None
 ) -> dict[str, Any]:
-    """The plan as plain values. The first search of a backbone on a kind of machine measures for a second or two, later ones nothing."""
-    trials = _trials(spec, num_groups_of(backbone))
+    """The plan for one backbone of the search, as plain values.
+
+    The first search of a backbone on a kind of machine measures for a second or two, later ones nothing.
+    """
+    trials = trials_by_depth(spec, backbone)
     job = _Job(
         join_uri(spec.storage, "calibrations"), dataset["uri"], backbone["uri"], backbone["digest"], tuple(sorted(trials)),
         spec.data.image_size, round(spec.data.max_megapixels * 1e6), tuple(backbone["mean"]), tuple(backbone["std"]),
@@ -65,13 +68,15 @@ def plan_search(
     }  # fmt: skip
 
 
-def _trials(spec: Spec, num_groups: int) -> dict[int, int]:
-    """Trials by depth, the probes among those of depth 0."""
-    search = spec.search
+def trials_by_depth(spec: Spec, backbone: dict[str, Any]) -> dict[int, int]:
+    """A backbone's trials by depth, the probes among those of depth 0."""
+    search, num_groups = spec.search, num_groups_of(backbone)
     if search.resolved_searcher == "optuna":  # chooses as it goes: take equal shares
-        counts = Counter({depth: max(1, search.num_trials // len(search.unfreeze_depth)) for depth in search.unfreeze_depth})
+        shares = len(search.unfreeze_depth) * len(spec.backbones)
+        counts = Counter({depth: max(1, search.num_trials // shares) for depth in search.unfreeze_depth})
     else:
-        counts = Counter(config.unfreeze_depth for config in trial_configs(search))
+        name = backbone_in_points(spec, backbone["name"])
+        counts = Counter(config.unfreeze_depth for config in trial_configs(search) if config.backbone == name)
     counts[0] += len(probe_learning_rates(search.lr))
     return {min(depth, num_groups): count for depth, count in counts.items()}
 

@@ -37,7 +37,7 @@ def train_probes(worker: WarmWorker, trials: Sequence[TrialConfig], probes: Sequ
     found = [result for result in results.values() if result.best_epoch]
     if not found:
         rates = ", ".join(f"{lr:g}" for lr in sorted({config.lr for config in configs}))
-        raise UserError(f"Every linear probe diverged (learning rates {rates}).", "Lower search.lr.")
+        raise UserError(f"Every linear probe diverged ({worker.work.backbone}, learning rates {rates}).", "Lower search.lr.")
     best = max(found, key=lambda result: (result.best.val_accuracy, -result.best.val_loss))
     summary = {
         "lr": best.recipe.lr, "accuracy": best.best.val_accuracy, "val_loss": best.best.val_loss, "epochs": best.best_epoch,

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from infra.errors import UserError
 from ray_jobs.search_space import TrialConfig
-from ray_jobs.spec import Spec, digest_of
+from ray_jobs.spec import Spec, digest_of, named_by
 
 SEARCH_CODE_VERSION = 2
 """Raise it when the same spec would give other trials or other results: a stored search is then not taken for it."""
@@ -85,12 +85,14 @@ class TrialRecord:
         return self.status is not None and len(self.curve) < rung
 
 
-def search_id(spec: Spec, *, backbone_digest: str, dataset_version: str, warm: Sequence[TrialConfig] = ()) -> str:
-    """The key of a search's results: equal for equal work, wherever it ran."""
+def search_id(spec: Spec, *, backbone_digests: Sequence[str], dataset_version: str, warm: Sequence[TrialConfig] = ()) -> str:
+    """The key of a search's results: equal for equal work, wherever it ran. `backbone_digests`: the spec's own first."""
+    search = {name: value for name, value in spec.search.content.items() if name != "backbone"}  # the digests tell
     return digest_of({
-        "search": spec.search.model_dump(mode="json"), "image_size": spec.data.image_size, "backbone": backbone_digest,
+        "search": search, "image_size": spec.data.image_size,
+        "backbone": backbone_digests[0] if len(backbone_digests) == 1 else list(backbone_digests),
         "augmentation": spec.fit.augmentation if spec.search.views > 1 else None,
-        "dataset": dataset_version, "warm": [asdict(config) for config in warm], "code": SEARCH_CODE_VERSION,
+        "dataset": dataset_version, "warm": [named_by(asdict(config)) for config in warm], "code": SEARCH_CODE_VERSION,
     })  # fmt: skip
 
 
@@ -131,18 +133,23 @@ def best_trial(records: Sequence[TrialRecord]) -> TrialRecord:
     )
 
 
-def trial_detail(record: TrialRecord, max_epochs: int) -> dict[str, Any]:
+def trial_detail(record: TrialRecord, max_epochs: int, own_backbone: str = "") -> dict[str, Any]:
     """One trial as the plain values that `search --json` prints."""
     return {
-        "trial_id": record.trial_id, **asdict(record.config), "accuracy": record.accuracy,
+        "trial_id": record.trial_id, **_point(record, own_backbone), "accuracy": record.accuracy,
         "last_accuracy": record.counted[-1].val_accuracy if record.counted else None, "epochs": len(record.counted),
         "epochs_run": len(record.curve), "status": ended(record, max_epochs), "reason": record.reason,
         "seconds": round(record.seconds, 4), "started_at": record.started_at, "curve": [asdict(epoch) for epoch in record.counted],
     }  # fmt: skip
 
 
-def best_of(record: TrialRecord) -> dict[str, Any]:
-    return {**asdict(record.config), "accuracy": record.accuracy, "trial_id": record.trial_id}
+def best_of(record: TrialRecord, own_backbone: str = "") -> dict[str, Any]:
+    return {**_point(record, own_backbone), "accuracy": record.accuracy, "trial_id": record.trial_id}
+
+
+def _point(record: TrialRecord, own_backbone: str) -> dict[str, Any]:
+    """The trial's point for a reader, who wants every backbone by its name."""
+    return {**asdict(record.config), "backbone": record.config.backbone or own_backbone}
 
 
 def percent(share: float) -> str:
@@ -164,6 +171,7 @@ def leaderboard_table(details: Sequence[Mapping[str, Any]]) -> bytes:
     schema = pa.schema([
         ("rank", pa.int32()), ("trial_id", pa.string()), ("unfreeze_depth", pa.int32()), ("lr", pa.float64()), ("accuracy", pa.float64()),
         ("epochs", pa.int32()), ("status", pa.string()), ("seconds", pa.float64()), ("started_at", pa.int64()),
+        ("backbone", pa.string()),
     ])  # fmt: skip
     return _parquet([{"rank": i, **d} for i, d in enumerate(details, 1)], schema)
 

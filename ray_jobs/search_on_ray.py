@@ -36,7 +36,7 @@ from ray_jobs.search import (
 )
 from ray_jobs.search_engine import SearchEngine
 from ray_jobs.search_journal import Journal
-from ray_jobs.search_space import TrialConfig, probe_configs
+from ray_jobs.search_space import TrialConfig, backbone_in_points, probe_configs
 from ray_jobs.spec import SearchSpec, Spec
 from ray_jobs.warm_worker import prepare_worker, warm_worker
 from ray_jobs.work import Work
@@ -54,27 +54,30 @@ QUIET = {
 
 
 def run_search(
-    spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], features: dict[str, str], on_progress: OnProgress,
-    *, sources: Mapping[str, int] | None = None, warm: Sequence[TrialConfig] = (),
+    spec: Spec, dataset: dict[str, Any], backbones: Sequence[dict[str, Any]], features: Sequence[Mapping[str, str]],
+    on_progress: OnProgress, *, sources: Sequence[Mapping[str, int]] | None = None, warm: Sequence[TrialConfig] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Run the search, carry on with one that was interrupted, or give the stored result of an equal one.
 
-    `features` are URIs by cut, `sources` the cut from which each depth starts (by default its own), `warm` points of past searches
-    worth trying again. Raises UserError where every trial failed.
+    For each of `backbones`, the spec's own first: `features` are URIs by cut, `sources` the cut from which each depth starts (by
+    default its own). `warm` are points of past searches worth trying again. Raises UserError where every trial failed.
     """
     store = object_store()
-    found_id = search_id(spec, backbone_digest=backbone["digest"], dataset_version=dataset["version"], warm=warm)
+    found_id = search_id(spec, backbone_digests=[one["digest"] for one in backbones], dataset_version=dataset["version"], warm=warm)
     uri = join_uri(spec.storage, "searches", found_id)
     journal = Journal(store, f"{uri}.journal")
     if read_manifest(store, uri):
         journal.delete()  # what a crash after the commit left
         return dict(json.loads(store.read(join_uri(uri, RESULT))))
-    work = work_of(spec, dataset, backbone, features, sources or {})
+    each = zip(backbones, features, sources or [{}] * len(backbones), strict=True)
+    works = {backbone_in_points(spec, one["name"]): work_of(spec, dataset, one, cuts, starts) for one, cuts, starts in each}
     for lane in lanes():
-        lane.run.remote(prepare_worker, work)  # model, cuts and features, while Tune starts
-    running = _Running(spec, work, dataset["val"], journal, warm)
-    probe = running.run(on_progress)
-    result = _result(spec, dataset, running, probe) | {
+        for work in works.values():
+            lane.run.remote(prepare_worker, work)  # model, cuts and features, while Tune starts
+    running = _Running(spec, works, dataset["val"], journal, warm)
+    probes = running.run(on_progress)
+    probe = probes[best_trial(running.engine.records).config.backbone]
+    result = _result(spec, dataset, running, probes) | {
         "search_id": found_id, "uri": uri, "leaderboard_uri": join_uri(uri, "leaderboard.parquet"),
         "probe": {**probe["summary"], "uri": join_uri(uri, "probe", PROBE_HEAD)},
     }  # fmt: skip
@@ -84,10 +87,13 @@ def run_search(
 
 
 class _Running:
-    """One search while it runs: the engine, the journal behind it, and the linear probes beside it."""
+    """One search while it runs: the engine, the journal behind it, and the linear probes beside it.
 
-    def __init__(self, spec: Spec, work: Work, val_images: int, journal: Journal, warm: Sequence[TrialConfig]) -> None:
-        self.search, self.work, self.journal, self.started = spec.search, work, journal, time.perf_counter()
+    Works and probes are by backbone, as points name it.
+    """
+
+    def __init__(self, spec: Spec, works: Mapping[str, Work], val_images: int, journal: Journal, warm: Sequence[TrialConfig]) -> None:
+        self.search, self.works, self.journal, self.started = spec.search, works, journal, time.perf_counter()
         events = journal.load()
         first = next((event for event in events if event["kind"] == "start"), None)
         slots, self.slot = _slots()
@@ -98,7 +104,8 @@ class _Running:
         proposer = proposer_of(spec.search, lanes=in_order, val_images=val_images, warm=warm)
         self.engine = SearchEngine(proposer, spec.search.max_epochs, _halving(spec.search), self._note)
         self.engine.restore(events)
-        self.probe: Any = None
+        self.probes: dict[str, Any] = {}
+        self.references: dict[str, Any] = {}
         self.heads: list[int] = []
         journal.start()
         if not first:
@@ -118,7 +125,7 @@ class _Running:
         self.engine.over_budget = any(most is not None and spent >= most for most, spent in limits)
 
     def run(self, on_progress: OnProgress) -> dict[str, Any]:
-        """Every trial, and the probes' result."""
+        """Every trial, and what came of the probes of each backbone."""
         try:
             self._start_probes()
             if self._has_deep_trials:
@@ -129,31 +136,36 @@ class _Running:
             self.engine.close()
         finally:
             self.journal.close()
-        return dict(self.probe)
+        return self.probes
 
     def _note(self, event: dict[str, Any]) -> None:
         self.journal.append({**event, "spent_s": round(self.spent_s, 3), "spent_gpu_s": round(self.spent_gpu_s, 3)})
 
     def _start_probes(self) -> None:
-        """Train the linear probes, all at once, in one of the workers that have just computed the features."""
+        """Train the linear probes of each backbone, all at once, in one of the workers that have just computed the features."""
         self.heads, all_known = self.engine.take_heads()
-        kept = _kept_probes(self.journal) if all_known else None
-        if kept:
-            self.reference = ray.put(kept)
-            return
-        trials = [self.engine.records[i].config for i in self.heads]
-        self.reference = submit(_probes, self.work, trials, probe_configs(self.search), name="probes", resources=self.slot)
+        for name, work in self.works.items():
+            kept = _kept_probes(self.journal, name) if all_known else None
+            if kept:
+                self.references[name] = ray.put(kept)
+                continue
+            trials = [self.engine.records[i].config for i in self._heads_of(name)]
+            probes = probe_configs(self.search, name)
+            self.references[name] = submit(_probes, work, trials, probes, name="probes", resources=self.slot)
+
+    def _heads_of(self, name: str) -> list[int]:
+        return [i for i in self.heads if self.engine.records[i].config.backbone == name]
 
     def _take_in_probes(self) -> None:
         """Their epochs are the search's."""
-        probe = result_of(self.reference)
-        _keep_probes(self.journal, probe)  # before the events that make them done
-        for index, trained in zip(self.heads, probe["trials"], strict=bool(probe["trials"])):
-            for epoch in trained.curve:
-                self.engine.report(index, epoch, started_at=trained.started_at, seconds=trained.seconds)
-            if trained.status:
-                self.engine.end(index, trained.status, trained.reason)
-        self.probe = probe
+        for name, reference in self.references.items():
+            probe = self.probes[name] = result_of(reference)
+            _keep_probes(self.journal, name, probe)  # before the events that make them done
+            for index, trained in zip(self._heads_of(name), probe["trials"], strict=bool(probe["trials"])):
+                for epoch in trained.curve:
+                    self.engine.report(index, epoch, started_at=trained.started_at, seconds=trained.seconds)
+                if trained.status:
+                    self.engine.end(index, trained.status, trained.reason)
 
     @property
     def _has_deep_trials(self) -> bool:
@@ -168,11 +180,11 @@ class _Running:
 
             free = FreeLanes(self.lanes)
             scheduler = Scheduler(self.engine, free, on_progress, expected_trials(self.search))
-            head = ray.put(self.probe["head"])
-            shared = {"work": self.work, "head": [head], "lanes": lanes()}
+            heads = {name: ray.put(probe["head"]) for name, probe in self.probes.items()}
+            shared = {"works": self.works, "heads": heads, "lanes": lanes()}
             proposals = Proposals(self.engine, free)
             if lanes():
-                proposals.start_ahead(lanes(), self.work, head)
+                proposals.start_ahead(shared)
             trainable = tune.with_parameters(SearchTrial, shared=shared)
             tuner = tune.Tuner(
                 tune.with_resources(trainable, self.slot),
@@ -188,15 +200,20 @@ class _Running:
             tuner.fit()
 
 
-def _result(spec: Spec, dataset: dict[str, Any], running: _Running, probe: dict[str, Any]) -> dict[str, Any]:
+def _result(spec: Spec, dataset: dict[str, Any], running: _Running, probes: Mapping[str, Any]) -> dict[str, Any]:
     """What the search found and what it cost, as plain values."""
-    engine = running.engine
+    engine, own = running.engine, spec.backbone.name
     best = best_trial(engine.records)
-    details = [trial_detail(record, spec.search.max_epochs) for record in ranked(engine.records)]
-    forward = {"suffix": probe["suffix_flops"], "whole": probe["whole_flops"]}
-    flops, unshared = flops_counted(details, **forward, train=dataset["train"], val=dataset["val"])
+    details = [trial_detail(record, spec.search.max_epochs, own) for record in ranked(engine.records)]
+    flops = unshared = 0
+    for name, probe in probes.items():
+        of_backbone = [detail for detail in details if detail["backbone"] == (name or own)]
+        forward = {"suffix": probe["suffix_flops"], "whole": probe["whole_flops"]}
+        counted = flops_counted(of_backbone, **forward, train=dataset["train"], val=dataset["val"])
+        flops, unshared = flops + counted[0], unshared + counted[1]
     return {
-        "trials": len(details), "best": best_of(best), "seconds": running.spent_s, "trials_detail": details,
+        "trials": len(details), "best": best_of(best, own), "backbones": [name or own for name in probes],
+        "seconds": running.spent_s, "trials_detail": details,
         "decisions": engine.proposer.notes, "rungs": [vars(judged) for judged in engine.halving.judged] if engine.halving else [],
         "cost": {"estimated_s": None, "measured_s": running.spent_s, "prefix_s": None,
                  "trials_s": sum(record.seconds for record in engine.records), "flops": flops, "flops_without_sharing": unshared},
@@ -204,9 +221,10 @@ def _result(spec: Spec, dataset: dict[str, Any], running: _Running, probe: dict[
 
 
 def work_of(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], features: Mapping[str, str], sources: Mapping[str, int]) -> Work:
-    """What all trials share, from the results of the steps before."""
+    """What all trials of a backbone share, from the results of the steps before."""
     search = spec.search
     return Work(
+        backbone=backbone["name"], backbones=len(spec.backbones),
         backbone_uri=backbone["uri"], mean=tuple(backbone["mean"]), std=tuple(backbone["std"]), image_size=spec.data.image_size,
         num_classes=len(dataset["classes"]), num_groups=num_groups_of(backbone),
         features=tuple(sorted((int(depth), uri) for depth, uri in features.items())),
@@ -226,21 +244,26 @@ def _probes(work: Work, trials: list[TrialConfig], probes: list[TrialConfig]) ->
     return {"head": found.head, "summary": found.summary, "trials": found.trials, "whole_flops": flops.pop(-1), "suffix_flops": flops}
 
 
-def _keep_probes(journal: Journal, probe: dict[str, Any]) -> None:
+def _keep_probes(journal: Journal, backbone: str, probe: dict[str, Any]) -> None:
     """On S3 as long as the search runs, so that a restart need not train them again."""
     from safetensors.numpy import save
 
     figures = {"summary": probe["summary"], "whole_flops": probe["whole_flops"], "suffix_flops": list(probe["suffix_flops"].items())}
-    journal.store.write(join_uri(journal.uri, PROBE_HEAD), save(probe["head"]))
-    journal.store.write(join_uri(journal.uri, "probe.json"), json.dumps(figures).encode())
+    folder = _probes_folder(journal, backbone)
+    journal.store.write(join_uri(folder, PROBE_HEAD), save(probe["head"]))
+    journal.store.write(join_uri(folder, "probe.json"), json.dumps(figures).encode())
 
 
-def _kept_probes(journal: Journal) -> dict[str, Any] | None:
+def _probes_folder(journal: Journal, backbone: str) -> str:
+    return join_uri(journal.uri, backbone) if backbone else journal.uri
+
+
+def _kept_probes(journal: Journal, backbone: str) -> dict[str, Any] | None:
     from safetensors.numpy import load
 
     try:
-        figures = json.loads(journal.store.read(join_uri(journal.uri, "probe.json")))
-        head = load(journal.store.read(join_uri(journal.uri, PROBE_HEAD)))
+        figures = json.loads(journal.store.read(join_uri(_probes_folder(journal, backbone), "probe.json")))
+        head = load(journal.store.read(join_uri(_probes_folder(journal, backbone), PROBE_HEAD)))
     except FileNotFoundError:
         return None
     return {**figures, "suffix_flops": dict(figures["suffix_flops"]), "head": head, "trials": []}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ray_jobs.spec import Optimizer, Range, SearchSpec
+from ray_jobs.spec import Optimizer, Range, SearchSpec, Spec
 
 Values = Range | tuple[Any, ...]
 
@@ -25,6 +25,14 @@ class TrialConfig:
     layer_decay: float = 1.0
     optimizer: Optimizer = "adamw"
     batch_size: int = 32
+    augmentation_strength: float = 1.0
+    backbone: str = ""
+    """A name from search.backbone; none is the spec's own, as in every record from before there could be others."""
+
+
+def point_of(values: Mapping[str, Any]) -> TrialConfig:
+    """The point in a trial's record; dimensions that came after it was written are at their defaults, by which it was trained."""
+    return TrialConfig(**{name: values[name] for name in TrialConfig.__dataclass_fields__ if name in values})
 
 
 def dimensions(search: SearchSpec) -> dict[str, Values]:
@@ -33,7 +41,13 @@ def dimensions(search: SearchSpec) -> dict[str, Values]:
     for name in TrialConfig.__dataclass_fields__:
         value = getattr(search, name)
         found[name] = value if isinstance(value, Range | tuple) else (value,)
-    return found | {"unfreeze_depth": tuple(sorted(search.unfreeze_depth))}
+    further = (one if isinstance(one, str) else one.name for one in search.backbone)
+    return found | {"unfreeze_depth": tuple(sorted(search.unfreeze_depth)), "backbone": ("", *further)}
+
+
+def backbone_in_points(spec: Spec, name: str) -> str:
+    """What the points of a search call the backbone of this name."""
+    return "" if name == spec.backbone.name else name
 
 
 def varied(configs: Sequence[TrialConfig]) -> list[str]:
@@ -100,15 +114,15 @@ def _column(values: Values, count: int, rng: random.Random) -> list[Any]:
     return [value for _ in range(rounds) for value in rng.sample(values, len(values))][:count]
 
 
-def probe_configs(search: SearchSpec) -> list[TrialConfig]:
-    """The linear probes that run before every search.
+def probe_configs(search: SearchSpec, backbone: str = "") -> list[TrialConfig]:
+    """The linear probes of one backbone that run before every search.
 
     A head alone bears a higher rate than the layers below it, so a grid over a range is shifted up; see docs/LOG.md for the measurement.
     """
     first: dict[str, Any] = {
         name: values.at(0.5) if isinstance(values, Range) else values[0] for name, values in dimensions(search).items()
     }
-    plain = TrialConfig(**(first | {"unfreeze_depth": 0, "lr": 1.0, "layer_decay": 1.0}))
+    plain = TrialConfig(**(first | {"unfreeze_depth": 0, "lr": 1.0, "layer_decay": 1.0, "backbone": backbone}))
     return [replace(plain, lr=lr) for lr in probe_learning_rates(search.lr)]
 
 

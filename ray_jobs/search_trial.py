@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -18,7 +18,6 @@ from ray_jobs.search import Epoch, status_of_error
 from ray_jobs.search_engine import SearchEngine
 from ray_jobs.search_space import TrialConfig
 from ray_jobs.trial_epoch import run_ahead, trial_epoch
-from ray_jobs.work import Work
 
 MAX_WORKER_DEATHS = 2
 """A trial whose worker died starts again this many times; an eviction or a kill then changes nothing in the outcome."""
@@ -40,8 +39,9 @@ class SearchTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """One epoch."""
         self.epoch += 1
-        head = ray.get(self.shared["head"][0]) if self.point.unfreeze_depth and self.epoch == 1 else None
-        arguments = (self.shared["work"], self.point, head, self.key, self.epoch)
+        name = self.point.backbone
+        head = ray.get(self.shared["heads"][name]) if self.point.unfreeze_depth and self.epoch == 1 else None
+        arguments = (self.shared["works"][name], self.point, head, self.key, self.epoch)
         result: dict[str, Any] = ray.get(self.lane.run.remote(trial_epoch, *arguments)) if self.lane else trial_epoch(*arguments)
         return result
 
@@ -80,11 +80,12 @@ class Proposals(_StaysHere, Searcher):
         self.engine, self.lanes = engine, lanes
         self.ahead: list[dict[str, Any]] = []
 
-    def start_ahead(self, lanes: Sequence[Any], work: Work, head: Any) -> None:
+    def start_ahead(self, shared: Mapping[str, Any]) -> None:
         """Let each lane train the first epoch of its first trial while Tune starts its actors, which takes seconds."""
         while isinstance(first := self._next(), dict):
             point = TrialConfig(**first["point"])
-            lanes[first["lane"]].run.remote(run_ahead, work, point, head if point.unfreeze_depth else None, str(first["index"]))
+            head = shared["heads"][point.backbone] if point.unfreeze_depth else None
+            shared["lanes"][first["lane"]].run.remote(run_ahead, shared["works"][point.backbone], point, head, str(first["index"]))
             self.ahead.append(first)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -90,10 +90,11 @@ def _kind(value: Any) -> str:
 
 LearningRate = Annotated[float, Field(gt=0, le=10)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Strength = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(gt=0, le=1)]
 BatchSize = Annotated[int, Field(ge=2, le=4096)]
 Optimizer = Literal["adamw", "sgd"]
-_TAGS = {"range", "list", "value"}
+_TAGS = {"range", "list", "value", "mapping"}
 
 
 LearningRates = Annotated[
@@ -104,11 +105,20 @@ LearningRates = Annotated[
 Shares = Annotated[
     Annotated[Share, Tag("value")] | Annotated[tuple[Share, ...], Tag("list")] | Annotated[Range, Tag("range")], Discriminator(_kind)
 ]
+Strengths = Annotated[
+    Annotated[Strength, Tag("value")] | Annotated[tuple[Strength, ...], Tag("list")] | Annotated[Range, Tag("range")], Discriminator(_kind)
+]
 Decays = Annotated[
     Annotated[Decay, Tag("value")] | Annotated[tuple[Decay, ...], Tag("list")] | Annotated[Range, Tag("range")], Discriminator(_kind)
 ]
 Optimizers = Annotated[Annotated[Optimizer, Tag("value")] | Annotated[tuple[Optimizer, ...], Tag("list")], Discriminator(_kind)]
 BatchSizes = Annotated[Annotated[BatchSize, Tag("value")] | Annotated[tuple[BatchSize, ...], Tag("list")], Discriminator(_kind)]
+
+
+Backbone = Annotated[
+    Annotated[str, Field(min_length=1), Tag("value")] | Annotated[BackboneSpec, Tag("mapping")],
+    Discriminator(lambda value: "value" if isinstance(value, str) else "mapping"),
+]
 
 
 class SearchSpec(_Part):
@@ -139,6 +149,16 @@ class SearchSpec(_Part):
         1.0, description="Factor on the learning rate from one group to the one before; one value, a list or a range."
     )
     optimizer: Optimizers = Field("adamw", description="adamw, sgd (with Nesterov momentum 0.9), or a list of both to search over.")
+    augmentation_strength: Strengths = Field(
+        1.0,
+        description="Share of the augmented views (in trials) and images (in the fit) that are used; one value, a list or a range. "
+        "1 uses all, 0 none; to search over it, set views above 1.",
+    )
+    backbone: tuple[Backbone, ...] = Field(
+        (),
+        description="Further backbones to search over, besides the spec's own: timm names, or {name, weights} as there. "
+        "A bare name has the own one's weights where those are timm or none, else timm.",
+    )
     class_weights: Literal["auto", "none"] = Field("auto", description="auto weights rare classes up when the classes are imbalanced.")
     views: int = Field(
         1, ge=1, le=64, description="Fixed views of each train image in the cache: 1 as val sees it, the others by fit.augmentation."
@@ -148,14 +168,16 @@ class SearchSpec(_Part):
     )
     feature_dtype: FeatureDtype = Field("float32", description="How cached features are stored; computing stays in float32.")
 
-    @field_validator("unfreeze_depth", "lr", "batch_size", "weight_decay", "label_smoothing", "layer_decay", "optimizer")
+    @field_validator(
+        "unfreeze_depth", "lr", "batch_size", "weight_decay", "label_smoothing", "layer_decay", "optimizer", "augmentation_strength"
+    )
     @classmethod
     def _has_no_duplicates(cls, value: Any) -> Any:
         if isinstance(value, tuple) and (not value or len(set(value)) != len(value)):
             raise ValueError("must be a list of different values")
         return value
 
-    @field_validator("lr", "weight_decay", "label_smoothing", "layer_decay")
+    @field_validator("lr", "weight_decay", "label_smoothing", "layer_decay", "augmentation_strength")
     @classmethod
     def _range_is_within_bounds(cls, value: Any, info: ValidationInfo) -> Any:
         least, most = BOUNDS[str(info.field_name)]
@@ -173,15 +195,23 @@ class SearchSpec(_Part):
         return self
 
     @property
+    def content(self) -> dict[str, Any]:
+        """What names this search in keys."""
+        return named_by(self.model_dump(mode="json"))
+
+    @property
     def resolved_searcher(self) -> Literal["grid", "random", "optuna"]:
         """The searcher in force where the spec leaves it open."""
         return self.searcher or ("random" if any(isinstance(getattr(self, name), Range) for name in SEARCHED) else "grid")
 
 
-SEARCHED = ("lr", "weight_decay", "label_smoothing", "layer_decay", "optimizer", "batch_size")
+SEARCHED = ("lr", "weight_decay", "label_smoothing", "layer_decay", "optimizer", "batch_size", "augmentation_strength")
 """The dimensions of the search besides the unfreeze depth."""
 
-BOUNDS = {"lr": (1e-12, 10.0), "weight_decay": (0.0, 1.0), "label_smoothing": (0.0, 0.99), "layer_decay": (1e-6, 1.0)}
+BOUNDS = {
+    "lr": (1e-12, 10.0), "weight_decay": (0.0, 1.0), "label_smoothing": (0.0, 0.99), "layer_decay": (1e-6, 1.0),
+    "augmentation_strength": (0.0, 1.0),
+}  # fmt: skip
 
 
 class FitSpec(_Part):
@@ -221,15 +251,56 @@ class Spec(_Part):
             raise ValueError(f"search.views: {self.search.views} views would all be the same with fit.augmentation: none")
         return self
 
+    @model_validator(mode="after")
+    def _strength_has_something_to_act_on(self) -> Spec:
+        strength = self.search.augmentation_strength
+        if self.fit.augmentation == "none" and strength != 1.0:
+            raise ValueError(
+                "search.augmentation_strength: nothing is augmented with fit.augmentation: none; choose a preset there, or leave it out"
+            )
+        if self.search.views == 1 and not isinstance(strength, float):
+            raise ValueError(
+                "search.augmentation_strength: trials differ in it only by the cached views; set search.views to 2 or more, "
+                "or give one value, which then acts in the fit alone"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _backbones_differ(self) -> Spec:
+        names = [backbone.name for backbone in self.backbones]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"search.backbone: {', '.join(twice)} is there twice; backbone.name is always searched, so list only others, once each"
+            )
+        return self
+
+    @property
+    def backbones(self) -> tuple[BackboneSpec, ...]:
+        """Every backbone of the search, the spec's own first."""
+        weights = self.backbone.weights if self.backbone.weights in ("timm", "none") else "timm"
+        listed = (BackboneSpec(name=one, weights=weights) if isinstance(one, str) else one for one in self.search.backbone)
+        return (self.backbone, *listed)
+
+    def with_backbone(self, backbone: BackboneSpec) -> Spec:
+        """The spec of a search over this backbone alone."""
+        return self.model_copy(update={"backbone": backbone, "search": self.search.model_copy(update={"backbone": ()})})
+
     @property
     def digest(self) -> str:
         """Hex digest of everything but where the data and the results lie."""
         content = self.model_dump(mode="json", exclude={"storage": True, "data": {"source"}})
-        return digest_of(content)
+        return digest_of({**content, "search": self.search.content})
 
     @property
     def fit_max_epochs(self) -> int:
         return self.fit.max_epochs or self.search.max_epochs
+
+
+def named_by(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values as they enter a key: dimensions that came late are left out at their defaults, so that earlier work is still found."""
+    defaults: dict[str, tuple[Any, ...]] = {"augmentation_strength": (1.0,), "backbone": ("", [])}
+    return {name: value for name, value in values.items() if value not in defaults.get(name, ())}
 
 
 def digest_of(content: Any) -> str:
@@ -284,14 +355,19 @@ def _describe(mistake: Any) -> str:
 
 def _known_keys(location: Sequence[Any]) -> list[str]:
     model: type[BaseModel] = Spec
-    for part in location:
-        field = model.model_fields.get(str(part))
-        parts = [field.annotation, *get_args(field.annotation)] if field else []
-        inner = [kind for kind in parts if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    for part in (name for name in location if isinstance(name, str)):  # a number is a place in a list
+        field = model.model_fields.get(part)
+        inner = _models_in(field.annotation) if field else []
         if not inner:
             return []
         model = inner[0]
     return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
 def _set(content: dict[str, Any], override: str) -> None:
@@ -320,9 +396,16 @@ def _plain(value: Any) -> Any:
 
 
 def _with_absolute_paths(spec: Spec, folder: Path) -> Spec:
-    data, backbone = spec.data, spec.backbone
+    data, search = spec.data, spec.search
     if not data.source.startswith("s3://"):
         data = data.model_copy(update={"source": str((folder / Path(data.source).expanduser()).absolute())})
-    if backbone.weights not in ("timm", "none") and not backbone.weights.startswith(("s3://", "package:")):
-        backbone = backbone.model_copy(update={"weights": str((folder / Path(backbone.weights).expanduser()).absolute())})
-    return spec.model_copy(update={"data": data, "backbone": backbone})
+    listed = tuple(one if isinstance(one, str) else _with_absolute_weights(one, folder) for one in search.backbone)
+    return spec.model_copy(update={
+        "data": data, "backbone": _with_absolute_weights(spec.backbone, folder), "search": search.model_copy(update={"backbone": listed}),
+    })  # fmt: skip
+
+
+def _with_absolute_weights(backbone: BackboneSpec, folder: Path) -> BackboneSpec:
+    if backbone.weights in ("timm", "none") or backbone.weights.startswith(("s3://", "package:")):
+        return backbone
+    return backbone.model_copy(update={"weights": str((folder / Path(backbone.weights).expanduser()).absolute())})

@@ -54,6 +54,7 @@ class Recipe:
     class_weights: tuple[float, ...] | None
     seed: int
     optimizer: Optimizer = "adamw"
+    augmentation_strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,21 @@ class Rows:
 Prepare = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
-def draw_views(rows_N: Tensor, views: int, train: int, judged: int, generator: torch.Generator) -> Tensor:
+def draw_views(rows_N: Tensor, views: int, train: int, judged: int, generator: torch.Generator, *, strength: float = 1.0) -> Tensor:
     """For each train row the stored row of one of its views, drawn anew; nothing is drawn where there is but one.
 
-    `judged` is the number of train and val rows together, behind which the further views lie.
+    `judged` is the number of train and val rows together, behind which the further views lie. `strength` is how much of the
+    augmentation is used: at 1 all views are equally likely, at 0 only view 0 is drawn, the image as val sees it, and between the
+    augmented views share `strength` times their chance at 1. It acts on what is drawn, not on the views: they stay as they are
+    cached, so a search over it computes no further features.
     """
     if views == 1:
         return rows_N
-    view_N = torch.randint(views, rows_N.shape, generator=generator)
+    if strength == 1.0:
+        view_N = torch.randint(views, rows_N.shape, generator=generator)
+    else:
+        is_augmented_N = torch.rand(rows_N.shape, generator=generator) < strength * (views - 1) / views
+        view_N = torch.randint(1, views, rows_N.shape, generator=generator) * is_augmented_N
     return torch.where(view_N > 0, rows_N + judged + (view_N - 1) * train, rows_N)
 
 
@@ -204,7 +212,8 @@ class SuffixTraining:
         self.set_mode(True)
         order_N = torch.randperm(self.rows.train, generator=self.order)
         total = torch.zeros((), device=self.device)
-        drawn_N = draw_views(order_N, self.rows.views, self.rows.train, len(self.rows.labels_N), self.order)
+        strength = self.recipe.augmentation_strength
+        drawn_N = draw_views(order_N, self.rows.views, self.rows.train, len(self.rows.labels_N), self.order, strength=strength)
         size = self.recipe.batch_size
         for rows_B, drawn_B in zip(torch.split(order_N, size), torch.split(drawn_N, size), strict=True):
             logits_BK, labels_B = self._forward(rows_B, drawn_B)

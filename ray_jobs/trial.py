@@ -39,7 +39,7 @@ def recipe_of(work: Work, config: TrialConfig, labels: np.ndarray[Any, Any]) -> 
     return Recipe(
         lr=config.lr, max_epochs=work.max_epochs, batch_size=config.batch_size, weight_decay=config.weight_decay,
         label_smoothing=config.label_smoothing, class_weights=tuple(weights) if weights else None, seed=work.seed,
-        optimizer=config.optimizer,
+        optimizer=config.optimizer, augmentation_strength=config.augmentation_strength,
     )  # fmt: skip
 
 

@@ -1,8 +1,7 @@
-"""The one warm worker of a process: model, cuts and features, made at the first trial and kept for all later ones."""
+"""The warm workers of a process: model, cuts and features, made at a backbone's first trial and kept for all later ones."""
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 from infra.object_store import object_store
@@ -13,10 +12,22 @@ from ray_jobs.work import Work
 if TYPE_CHECKING:
     from ray_jobs.trial import WarmWorker
 
+_kept: dict[Work, WarmWorker] = {}
+"""One for each backbone of a search, the least recently used first; those of the search before make room."""
 
-@functools.lru_cache(maxsize=1)
+
 def warm_worker(work: Work) -> WarmWorker:
-    """This process's model and features for this search."""
+    """This process's model and features for one backbone of this search."""
+    found = _kept.pop(work, None)
+    if found is None:
+        while len(_kept) >= work.backbones:
+            del _kept[next(iter(_kept))]  # before the new one needs the memory
+        found = _made(work)
+    _kept[work] = found
+    return found
+
+
+def _made(work: Work) -> WarmWorker:
     import_timm()
     import torch
 

@@ -1,4 +1,4 @@
-"""What all trials of a search share. Plain values: it crosses processes, and a driver without torch makes it."""
+"""What all trials of a backbone share. Plain values: it crosses processes, and a driver without torch makes it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Work:
-    """The data, the backbone and the training that trials have in common; `features` are URIs by cut."""
+    """The data, the backbone and the training that the trials of one backbone have in common; `features` are URIs by cut."""
 
+    backbone: str
     backbone_uri: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -22,6 +23,8 @@ class Work:
     class_weights: str
     seed: int
     precision: str = "auto"
+    backbones: int = 1
+    """How many the search has; a process keeps a warm worker for each."""
 
     @property
     def feature_uris(self) -> dict[int, str]:

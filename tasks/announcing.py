@@ -44,11 +44,12 @@ def _key(name: str, what: str) -> str:
 def summary(outcome: dict[str, Any]) -> str:
     """A few lines of Markdown."""
     model, best, scores = outcome["model"], outcome["search"]["best"], outcome["evaluation"]["challenger"]
+    backbone = f"{best['backbone']}, " if "backbone" in best else ""
     return f"""## {model["name"]} version {model["version"]}: {outcome["status"]}
 
 - serving: version {model["champion_version"]}
 - holdout accuracy **{scores["accuracy"]:.1%}**, macro F1 {scores["macro_f1"]:.3f}, ECE {scores["ece"]:.3f}
-- best of {outcome["search"]["trials"]} trials: unfreeze depth {best["unfreeze_depth"]}, learning rate {best["lr"]:.2g}
+- best of {outcome["search"]["trials"]} trials: {backbone}unfreeze depth {best["unfreeze_depth"]}, learning rate {best["lr"]:.2g}
 - published: `{outcome["publish"]["uri"]}`
 - report: `{outcome["report"]}`
 """

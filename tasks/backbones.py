@@ -34,6 +34,16 @@ def prepare_backbone(spec: Spec) -> dict[str, Any]:
         return backbone_on_ray.prepare_backbone(spec, cluster)
 
 
+def digests(backbones: list[dict[str, Any]]) -> list[str]:
+    """What names the backbones of a search in keys."""
+    return [backbone["digest"] for backbone in backbones]
+
+
+def which(spec: Spec, backbone: dict[str, Any]) -> str:
+    """Which backbone a step works on, for its progress line, where a search has several."""
+    return f" of {backbone['name']}" if spec.search.backbone else ""
+
+
 def _weights_identity(spec: Spec) -> str:
     """Names the content of the weights without loading them."""
     weights = spec.backbone.weights

@@ -6,7 +6,17 @@ from typing import Any
 
 from infra import progress, ray_cluster
 from ray_jobs.spec import Spec
+from tasks.backbones import which
 from tasks.policies import effect
+
+
+def together(features: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the features of all backbones took; the images computed are the most that any of them missed."""
+    return {
+        "computed_images": max(one["computed_images"] for one in features),
+        "seconds": sum(one["seconds"] for one in features),
+        "bytes": sum(one["bytes"] for one in features),
+    }
 
 
 @effect(name="cache features", timeout_s=12 * 3600)
@@ -18,5 +28,5 @@ def cache_features(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any]
     from ray_jobs import features_on_ray
 
     cuts = sorted(set(plan["source"].values()))
-    with progress.step("Computing the shared features") as on_progress, ray_cluster.connect():
+    with progress.step(f"Computing the shared features{which(spec, backbone)}") as on_progress, ray_cluster.connect():
         return features_on_ray.cache_features(spec, dataset, backbone, on_progress, depths=cuts, say=progress.say)

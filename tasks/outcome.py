@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
-from ray_jobs.search_space import TrialConfig
+from ray_jobs.search_space import point_of
 from ray_jobs.spec import Spec
 from tasks.promotion import decide, plain_decision
 
@@ -79,8 +80,8 @@ def skipped(outcome: dict[str, Any], flow_run_id: str | None, total_s: float) ->
 
 def search_outcome(dataset: dict[str, Any], search: dict[str, Any], report: dict[str, str], flow_run_id: str | None) -> dict[str, Any]:
     """What `search --json` prints."""
-    columns = (*TrialConfig.__dataclass_fields__, "accuracy", "last_accuracy", "epochs", "epochs_run", "status", "reason", "seconds")
-    trials = [{column: trial[column] for column in columns} for trial in search["trials_detail"]]
+    columns = ("accuracy", "last_accuracy", "epochs", "epochs_run", "status", "reason", "seconds")
+    trials = [asdict(point_of(trial)) | {column: trial[column] for column in columns} for trial in search["trials_detail"]]
     return {
         "flow_run_id": flow_run_id,
         "dataset": _dataset(dataset),
@@ -99,7 +100,8 @@ def _dataset(dataset: dict[str, Any]) -> dict[str, Any]:
 
 
 def _search(search: dict[str, Any]) -> dict[str, Any]:
-    best = {key: search["best"][key] for key in ("unfreeze_depth", "lr", "accuracy")}
+    several = len(search.get("backbones", ())) > 1
+    best = {key: search["best"][key] for key in ("unfreeze_depth", "lr", "accuracy", *(["backbone"] if several else []))}
     return {
         "search_id": search["search_id"],
         "trials": search["trials"],

@@ -12,6 +12,7 @@ from infra.committed_folder import commit, fetch, read_manifest, verify
 from infra.errors import ServiceError
 from infra.object_store import join_uri, object_store
 from ray_jobs.spec import Spec, digest_of
+from tasks.backbones import digests
 from tasks.policies import effect
 
 MODEL_FILES = ("model.safetensors", "config.json", "labels.json", "preprocessing.json")
@@ -43,11 +44,11 @@ def publish(spec: Spec, model: dict[str, Any], fit: dict[str, Any], evaluation: 
 
 
 @effect(name="look for a finished retraining", timeout_s=300)
-def find_finished(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any]) -> dict[str, Any] | None:
+def find_finished(spec: Spec, dataset: dict[str, Any], backbones: list[dict[str, Any]]) -> dict[str, Any] | None:
     """What the same retraining answered when it last finished, if its version is still registered and published."""
     store = object_store()
     try:
-        outcome: dict[str, Any] = json.loads(store.read(_outcome_uri(spec, dataset, backbone)))
+        outcome: dict[str, Any] = json.loads(store.read(_outcome_uri(spec, dataset, backbones)))
     except FileNotFoundError:
         return None
     model = outcome["model"]
@@ -63,10 +64,10 @@ def find_finished(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any])
 
 
 @effect(name="remember the retraining", timeout_s=300)
-def remember(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], outcome: dict[str, Any]) -> None:
+def remember(spec: Spec, dataset: dict[str, Any], backbones: list[dict[str, Any]], outcome: dict[str, Any]) -> None:
     """Keep what a finished retraining answered: the last write of the flow."""
-    object_store().write(_outcome_uri(spec, dataset, backbone), json.dumps(outcome, indent=1).encode())
+    object_store().write(_outcome_uri(spec, dataset, backbones), json.dumps(outcome, indent=1).encode())
 
 
-def _outcome_uri(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any]) -> str:
-    return join_uri(spec.storage, "retrains", spec.name, f"{digest_of([spec.digest, dataset['version'], backbone['digest']])}.json")
+def _outcome_uri(spec: Spec, dataset: dict[str, Any], backbones: list[dict[str, Any]]) -> str:
+    return join_uri(spec.storage, "retrains", spec.name, f"{digest_of([spec.digest, dataset['version'], *digests(backbones)])}.json")

@@ -131,10 +131,10 @@ def _panel(trials: Sequence[Values], name: str, colours: Mapping[int, str]) -> F
     shown = [trial for trial in trials if trial.get(name) is not None]
     values = sorted({trial[name] for trial in shown}, key=lambda value: (str(type(value)), value))
     figure = go.Figure()
-    if len(values) <= MOST_CATEGORIES:
+    if len(values) <= MOST_CATEGORIES or isinstance(values[0], str):
         places: list[Any] = [values.index(trial[name]) + 0.2 * spread(index) for index, trial in enumerate(shown)]
         figure.update_xaxes(
-            tickvals=list(range(len(values))), ticktext=[plot_text(value_of({name: value}, name)) for value in values],
+            tickvals=list(range(len(values))), ticktext=[_tick(value_of({name: value}, name)) for value in values],
             range=[-0.5, len(values) - 0.5], showgrid=False,
         )  # fmt: skip
     else:
@@ -148,6 +148,11 @@ def _panel(trials: Sequence[Values], name: str, colours: Mapping[int, str]) -> F
     figure.update_xaxes(title=words_of(name))
     figure.update_yaxes(title="val accuracy", tickformat=".0%", nticks=5, range=accuracy_window([trial["accuracy"] for trial in shown]))
     return finished(figure, height=240)
+
+
+def _tick(value: str) -> str:
+    """A long name on two lines, as timm's names differ in what follows the dot."""
+    return plot_text(value) if len(value) < 20 else "<br>".join(plot_text(part) for part in value.split(".", 1))
 
 
 def learning_curves(search: Values) -> Figure | None:
@@ -245,7 +250,7 @@ def describe_trial(trial: Values, others: Sequence[str] = ()) -> str:
         f"<b>trial {plot_text(trial.get('trial_id', '?'))}</b>: {STATUSES[known_status(trial)][0]}",
         f"val accuracy {percent(trial.get('accuracy'))}",
         f"unfreeze depth {trial.get('unfreeze_depth')}, learning rate {rate(trial.get('lr'))}",
-        ", ".join(f"{words_of(name)} {plot_text(value_of(trial, name))}" for name in others),
+        ", ".join(f"{words_of(name)} {plot_text(value_of(trial, name), 60)}" for name in others),
         f"{trial.get('epochs', '?')} epochs, {duration(trial.get('seconds'))}",
         ", ".join(losses),
         *textwrap.wrap(reason, 56, break_long_words="&" not in reason),  # never within an escape such as &lt;

@@ -15,7 +15,7 @@ ENDINGS = {
     "out_of_memory": "ran out of memory",
     "failed": "failed",
 }
-OTHER_DIMENSIONS = ("weight_decay", "label_smoothing", "layer_decay", "optimizer", "batch_size")
+OTHER_DIMENSIONS = ("weight_decay", "label_smoothing", "layer_decay", "optimizer", "batch_size", "augmentation_strength", "backbone")
 NOTEWORTHY = 0.005
 """Half a point: less is within the noise of such a val split."""
 
@@ -25,13 +25,15 @@ def headline(name: str, search: Values) -> str:
     best = search.get("best") or {}
     if number(best.get("accuracy")) is None:
         return f"{name}: {finding(search, {})}"
-    return f"{name}: {where(best)} is the best of {counted(search.get('trials') or 0, 'trial')}, with {percent(best['accuracy'])} on val."
+    trials = counted(search.get("trials") or 0, "trial")
+    return f"{name}: {where(best, varied(search))} is the best of {trials}, with {percent(best['accuracy'])} on val."
 
 
-def where(trial: Values) -> str:
-    """The place of a trial in the search space, by the two dimensions that every search has."""
+def where(trial: Values, others: Sequence[str] = ()) -> str:
+    """The place of a trial in the search space, by the two dimensions that every search has, and the backbone where it varies."""
+    backbone = f"{trial.get('backbone')} with " if "backbone" in others else ""
     depth = "the linear probe (unfreeze depth 0)" if trial.get("unfreeze_depth") == 0 else f"unfreeze depth {trial.get('unfreeze_depth')}"
-    return f"{depth} with learning rate {rate(trial.get('lr'))}"
+    return f"{backbone}{depth} {'and' if backbone else 'with'} learning rate {rate(trial.get('lr'))}"
 
 
 def finding(search: Values, fit: Values) -> str:
@@ -39,7 +41,7 @@ def finding(search: Values, fit: Values) -> str:
     best, trials = search.get("best") or {}, int(search.get("trials") or 0)
     if number(best.get("accuracy")) is None:
         return f"None of {counted(trials, 'trial')} gave a usable model."
-    found = f"Of {counted(trials, 'trial')}, {where(best)} was best ({percent(best['accuracy'])} on val)"
+    found = f"Of {counted(trials, 'trial')}, {where(best, varied(search))} was best ({percent(best['accuracy'])} on val)"
     trained = f"; trained again on {counted(fit.get('workers') or 1, 'worker')} it reaches {percent(fit.get('accuracy'))}"
     return found + (trained if number(fit.get("accuracy")) is not None else "") + "."
 

@@ -12,8 +12,11 @@ from typing import Any
 from infra import progress, ray_cluster, tracking
 from infra.progress import OnProgress
 from infra.tracking import Metric, RunRecord
-from ray_jobs.search_space import TrialConfig, dimensions, warm_places
+from ray_jobs.search_space import TrialConfig, backbone_in_points, dimensions, point_of, warm_places
 from ray_jobs.spec import Range, Spec
+from tasks.backbones import digests
+from tasks.features import together
+from tasks.planning import whole_plan
 from tasks.policies import effect, step
 
 FAILED = {"diverged", "out_of_memory", "failed"}
@@ -22,23 +25,33 @@ FAILED = {"diverged", "out_of_memory", "failed"}
 Values = dict[str, Any]
 
 
-def _key(spec: Spec, dataset: Values, backbone: Values, features: Values, plan: Values, warm: dict[str, list[Values]]) -> list[Any]:
-    search = spec.search.model_dump(mode="json")
-    return [spec.storage, search, spec.fit.augmentation, dataset["version"], backbone["digest"], warm]
+Each = list[dict[str, Any]]
+"""One for each backbone of the search, the spec's own first."""
+
+
+def _key(spec: Spec, dataset: Values, backbones: Each, features: Each, plans: Each, warm: dict[str, list[Values]]) -> list[Any]:
+    return [spec.storage, spec.search.content, spec.fit.augmentation, dataset["version"], *digests(backbones), warm]
 
 
 @step(name="search", key=_key, timeout_s=48 * 3600)
-def run_search(spec: Spec, dataset: Values, backbone: Values, features: Values, plan: Values, warm: dict[str, list[Values]]) -> Values:
-    """The best unfreeze depth and learning rate, the best probe, and every trial."""
+def run_search(spec: Spec, dataset: Values, backbones: Each, features: Each, plans: Each, warm: dict[str, list[Values]]) -> Values:
+    """The best point of the search, the best probe of its backbone, and every trial."""
     from ray_jobs import search_on_ray
 
-    again = [TrialConfig(**point) for point in warm["points"]]
+    again, plan = [TrialConfig(**point) for point in warm["points"]], whole_plan(backbones, plans)
+    cached, sources = [one["features"] for one in features], [one["source"] for one in plans]
     with progress.step(f"Searching depth and learning rate, about {plan['trials_s']:.0f} s") as on_progress, ray_cluster.connect():
         found: Values = search_on_ray.run_search(
-            spec, dataset, backbone, features["features"], _loading_what_comes_next(on_progress), sources=plan["source"], warm=again
+            spec, dataset, backbones, cached, _loading_what_comes_next(on_progress), sources=sources, warm=again
         )
-    cost = {"estimated_s": plan["estimated_s"], "prefix_s": features["seconds"], "measured_s": features["seconds"] + found["seconds"]}
-    return {**found, "cost": {**found["cost"], **cost}, "plan": {key: plan[key] for key in PLANNED}}
+    prefix_s = together(features)["seconds"]
+    cost = {"estimated_s": plan["estimated_s"], "prefix_s": prefix_s, "measured_s": prefix_s + found["seconds"]}
+    return {**found, "cost": {**found["cost"], **cost}, "plan": plan}
+
+
+def winner(backbones: Each, search: Values) -> Values:
+    """The backbone of the search's best trial."""
+    return next((one for one in backbones if one["name"] == search["best"].get("backbone")), backbones[0])
 
 
 def _loading_what_comes_next(on_progress: OnProgress) -> OnProgress:
@@ -58,16 +71,13 @@ def _load_what_comes_next() -> None:
         importlib.import_module(module)
 
 
-PLANNED = ("materialise", "source", "estimated_s", "prefix_s", "trials_s", "memory_bytes", "workers", "expected_epochs")
-
-
-def _warm_key(spec: Spec, dataset: Values, backbone: Values) -> list[Any]:
-    return [spec.name, spec.storage, spec.search.model_dump(mode="json"), dataset["version"], backbone["digest"]]
+def _warm_key(spec: Spec, dataset: Values, backbones: Each) -> list[Any]:
+    return [spec.name, spec.storage, spec.search.content, dataset["version"], *digests(backbones)]
 
 
 @step(name="look up past searches", key=_warm_key, timeout_s=600)
-def past_points(spec: Spec, dataset: Values, backbone: Values) -> dict[str, list[Values]]:
-    """The best points of this model's past searches of the same backbone, best first; none unless the spec asks for a warm start.
+def past_points(spec: Spec, dataset: Values, backbones: Each) -> dict[str, list[Values]]:
+    """The best points of this model's past searches of the same backbones, best first; none unless the spec asks for a warm start.
 
     A step, so that a search that is taken up again starts from the same points, whatever has ended meanwhile.
     """
@@ -75,21 +85,23 @@ def past_points(spec: Spec, dataset: Values, backbone: Values) -> dict[str, list
         return {"points": []}
     wanted = dimensions(spec.search)
     points: dict[TrialConfig, float] = {}
-    for params, metrics in tracking.past_trials(spec.name, backbone["name"]):
-        point = _point(params, wanted)
-        if point is not None and "best_val_accuracy" in metrics:
-            points[point] = max(points.get(point, 0.0), metrics["best_val_accuracy"])
+    for name in (backbone["name"] for backbone in backbones):
+        for params, metrics in tracking.past_trials(spec.name, name):
+            point = _point({**params, "backbone": backbone_in_points(spec, name)}, wanted)
+            if point is not None and "best_val_accuracy" in metrics:
+                points[point] = max(points.get(point, 0.0), metrics["best_val_accuracy"])
     ordered = sorted(points, key=lambda point: (-points[point], point.unfreeze_depth, point.lr))
     return {"points": [asdict(point) for point in ordered[: warm_places(spec.search)]]}
 
 
 def _point(params: Mapping[str, str], wanted: Mapping[str, Any]) -> TrialConfig | None:
     """A past trial as a point of this search's space; None where it lies outside."""
+    params = {"augmentation_strength": "1.0", **params}  # a trial from before it was a dimension used it all
     values: Values = {}
     for name, allowed in wanted.items():
         if name not in params:
             return None
-        value: Any = params[name] if name == "optimizer" else float(params[name])
+        value: Any = params[name] if name in ("optimizer", "backbone") else float(params[name])
         value = int(value) if name in ("unfreeze_depth", "batch_size") else value
         inside = allowed.low <= value <= allowed.high if isinstance(allowed, Range) else value in allowed
         if not inside:
@@ -99,14 +111,14 @@ def _point(params: Mapping[str, str], wanted: Mapping[str, Any]) -> TrialConfig 
 
 
 @effect(name="record search", timeout_s=3600)
-def record_search(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], search: dict[str, Any]) -> str:
+def record_search(spec: Spec, dataset: Values, backbones: Each, search: Values) -> str:
     """The search's run in MLflow, with a child run a trial; its run id."""
     with progress.step("Recording the search in MLflow"):
         experiment = tracking.experiment_id(spec.name)
         trials = search["trials_detail"]
         tags = common_tags(spec, dataset) | {"unfreeze.search_id": search["search_id"]}
-        parent = tracking.write_run(experiment, _search_record(spec, backbone, search, tags))
-        tracking.write_children(experiment, parent, [_trial_record(search["search_id"], backbone, trial, tags) for trial in trials])
+        parent = tracking.write_run(experiment, _search_record(spec, backbones, search, tags))
+        tracking.write_children(experiment, parent, [_trial_record(search["search_id"], backbones, trial, tags) for trial in trials])
     return parent
 
 
@@ -115,7 +127,7 @@ def common_tags(spec: Spec, dataset: dict[str, Any]) -> dict[str, str]:
     return {"unfreeze.dataset_version": dataset["version"], "unfreeze.spec_digest": spec.digest}
 
 
-def _search_record(spec: Spec, backbone: dict[str, Any], search: dict[str, Any], tags: dict[str, str]) -> RunRecord:
+def _search_record(spec: Spec, backbones: Each, search: Values, tags: dict[str, str]) -> RunRecord:
     best, trials = search["best"], search["trials_detail"]
     started_ms = min(int(trial["started_at"]) for trial in trials)
     figures = {
@@ -125,8 +137,8 @@ def _search_record(spec: Spec, backbone: dict[str, Any], search: dict[str, Any],
         "trials": len(trials),
     }
     params = {
-        "backbone": backbone["name"],
-        "weights": spec.backbone.weights,
+        "backbone": ", ".join(backbone["name"] for backbone in backbones),
+        "weights": ", ".join(dict.fromkeys(backbone.weights for backbone in spec.backbones)),
         "best_unfreeze_depth": best["unfreeze_depth"],
         "best_lr": best["lr"],
         "searcher": spec.search.resolved_searcher,
@@ -135,7 +147,7 @@ def _search_record(spec: Spec, backbone: dict[str, Any], search: dict[str, Any],
         "max_epochs": spec.search.max_epochs,
         "seed": spec.search.seed,
         "image_size": spec.data.image_size,
-    }
+    } | ({"best_backbone": best["backbone"]} if len(backbones) > 1 else {})
     return RunRecord(
         identity=search["search_id"],
         name=f"search {search['search_id'][:8]}",
@@ -147,8 +159,9 @@ def _search_record(spec: Spec, backbone: dict[str, Any], search: dict[str, Any],
     )
 
 
-def _trial_record(search_id: str, backbone: Values, trial: Values, tags: dict[str, str]) -> RunRecord:
+def _trial_record(search_id: str, backbones: Each, trial: Values, tags: dict[str, str]) -> RunRecord:
     started_ms = at_ms = int(trial["started_at"])
+    backbone = trial.get("backbone") or backbones[0]["name"]
     metrics = []
     for point in trial["curve"]:
         at_ms += int(1000 * point["seconds"])
@@ -159,9 +172,9 @@ def _trial_record(search_id: str, backbone: Values, trial: Values, tags: dict[st
         metrics.append(Metric("best_val_accuracy", float(trial["accuracy"])))
     return RunRecord(
         identity=f"{search_id}/{trial['trial_id']}",
-        name=f"depth {trial['unfreeze_depth']}, lr {trial['lr']:.2g}",
+        name=(f"{backbone}, " if len(backbones) > 1 else "") + f"depth {trial['unfreeze_depth']}, lr {trial['lr']:.2g}",
         tags=tags | {"unfreeze.kind": "trial", "unfreeze.trial_id": str(trial["trial_id"]), "unfreeze.status": trial["status"]},
-        params={name: trial[name] for name in TrialConfig.__dataclass_fields__} | {"backbone": backbone["name"]},
+        params=asdict(point_of(trial)) | {"backbone": backbone},
         metrics=metrics,
         started_ms=started_ms,
         ended_ms=started_ms + int(1000 * trial["seconds"]),

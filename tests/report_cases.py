@@ -64,6 +64,7 @@ def _config(index: int, count: int, rng: random.Random, *, wide: bool) -> TrialC
     return TrialConfig(
         depth, rate, weight_decay=10 ** (-5 + 3 * rng.random()), label_smoothing=rng.choice([0.0, 0.1]),
         layer_decay=0.6 + 0.4 * rng.random(), optimizer=rng.choice(["adamw", "sgd"]), batch_size=rng.choice([16, 32, 64]),
+        augmentation_strength=rng.random(), backbone=rng.choice(["vit_small_patch16_224.augreg_in21k", "vit_small_patch16_224.dino"]),
     )  # fmt: skip
 
 

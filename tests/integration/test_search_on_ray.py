@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from infra.committed_folder import commit, verify
 from infra.errors import UserError
 from infra.object_store import object_store
-from ray_jobs.spec import Spec, parse_spec
+from ray_jobs.spec import BackboneSpec, Spec, parse_spec
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # Ray's own warnings are not ours
 BUCKET = "unfreeze"
@@ -79,7 +80,6 @@ def _wait_for(port: int) -> None:
 @pytest.fixture(scope="module")
 def prepared(machine: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """A dataset of three colours, and a small random backbone."""
-    from ray_jobs import backbone
     from ray_jobs.prepare_on_ray import prepare
 
     rng = np.random.default_rng(0)
@@ -92,10 +92,17 @@ def prepared(machine: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 archive.writestr(f"{name}/{i:03d}.png", data.getvalue())
     spec = spec_of(machine)
     dataset = prepare(spec, ignore)
-    config = backbone.build(spec.backbone, image_size=32, seed=0, folder=machine / "backbone", store=object_store())
+    return dataset, stored(machine, spec.backbone)
+
+
+def stored(folder: Path, spec: BackboneSpec) -> dict[str, Any]:
+    """A random backbone on the store."""
+    from ray_jobs import backbone
+
+    config = backbone.build(spec, image_size=32, seed=0, folder=folder / spec.name, store=object_store())
     uri = f"s3://{BUCKET}/backbones/{config['digest']}"
-    commit(object_store(), uri, {path.name: path for path in (machine / "backbone").iterdir()})
-    return dataset, {**config, "uri": uri, "groups": len(config["groups"])}
+    commit(object_store(), uri, {path.name: path for path in (folder / spec.name).iterdir()})
+    return {**config, "uri": uri, "groups": len(config["groups"])}
 
 
 def spec_of(folder: Path, **search: Any) -> Spec:
@@ -115,9 +122,9 @@ def run(machine: Path, prepared: tuple[dict[str, Any], dict[str, Any]], on_progr
     from ray_jobs.features_on_ray import cache_features
     from ray_jobs.search_on_ray import run_search
 
-    spec = spec_of(machine, **search)
-    features = cache_features(spec, *prepared, ignore)["features"]
-    return run_search(spec, *prepared, features, on_progress)
+    spec, (dataset, backbone) = spec_of(machine, **search), prepared
+    features = cache_features(spec, dataset, backbone, ignore)["features"]
+    return run_search(spec, dataset, [backbone], [features], on_progress)
 
 
 def test_a_search_computes_features_once_and_ends_with_a_verified_leaderboard(machine: Path, prepared: Any, capfd: Any) -> None:
@@ -162,10 +169,10 @@ def search_with_nan(machine: Path, prepared: Any, nan_depth: int, **search: Any)
     from ray_jobs.features_on_ray import cache_features
     from ray_jobs.search_on_ray import run_search
 
-    spec = spec_of(machine, **search)
-    features = cache_features(spec, *prepared, ignore)["features"]
+    spec, (dataset, backbone) = spec_of(machine, **search), prepared
+    features = cache_features(spec, dataset, backbone, ignore)["features"]
     features[str(nan_depth)] = without_numbers(features[str(nan_depth)], machine / "other-cache")
-    return run_search(spec, *prepared, features, ignore)
+    return run_search(spec, dataset, [backbone], [features], ignore)
 
 
 def test_trials_that_diverge_are_recorded_and_the_search_goes_on(machine: Path, prepared: Any) -> None:
@@ -257,6 +264,49 @@ def test_a_budget_ends_the_search_with_what_it_has(machine: Path, prepared: Any)
     assert result["seconds"] < 30
     assert {"stopped"} <= {detail["status"] for detail in result["trials_detail"]}
     assert result["best"]["accuracy"] > 0
+
+
+def test_a_search_of_two_backbones_is_that_of_each_in_one_even_when_it_is_interrupted(machine: Path, prepared: Any) -> None:
+    """Every trial trains as in a search of its backbone alone, so from the features and the probe of its own."""
+    from safetensors.numpy import load
+
+    from ray_jobs.features_on_ray import cache_features
+    from ray_jobs.search_on_ray import run_search
+
+    def interrupt(done: float, total: float) -> None:
+        raise RuntimeError("stop here")
+
+    spec, (dataset, first) = spec_of(machine, backbone=["test_vit"], seed=8), prepared
+    backbones = [first, stored(machine, spec.backbones[1])]
+    features = [cache_features(spec, dataset, backbone, ignore)["features"] for backbone in backbones]
+    with pytest.raises(Exception, match="stop here"):
+        run_search(spec, dataset, backbones, features, interrupt)
+    both = run_search(spec, dataset, backbones, features, ignore)
+    alone = [
+        run_search(spec.with_backbone(own), dataset, [backbone], [cuts], ignore)
+        for own, backbone, cuts in zip(spec.backbones, backbones, features, strict=True)
+    ]
+    assert both["backbones"] == ["resnet10t", "test_vit"]
+    assert [detail["status"] for detail in both["trials_detail"]] == ["finished"] * 8
+    assert curves(both) == curves(alone[0]) | curves(alone[1])
+    assert both["cost"]["flops"] == alone[0]["cost"]["flops"] + alone[1]["cost"]["flops"]
+
+    winner = alone[both["backbones"].index(both["best"]["backbone"])]
+    assert both["best"]["accuracy"] == max(one["best"]["accuracy"] for one in alone)
+    assert {**both["probe"], "uri": ""} == {**winner["probe"], "uri": ""}
+    head, expected = (load(object_store().read(one["probe"]["uri"])) for one in (both, winner))
+    assert {name: value.shape for name, value in head.items()} == {name: value.shape for name, value in expected.items()}
+    assert {value.shape[0] for value in head.values()} == {3}
+    board = pq.read_table(io.BytesIO(object_store().read(both["leaderboard_uri"]))).to_pylist()
+    assert [row["backbone"] for row in board] == [detail["backbone"] for detail in both["trials_detail"]]
+
+
+def curves(result: dict[str, Any]) -> dict[Any, Any]:
+    """What every trial measured, by its point."""
+    return {
+        (detail["backbone"], detail["unfreeze_depth"], detail["lr"]): [(e["val_accuracy"], e["val_loss"]) for e in detail["curve"]]
+        for detail in result["trials_detail"]
+    }
 
 
 def test_a_worker_trains_without_ever_loading_torchs_compiler() -> None:

@@ -17,7 +17,9 @@ from tests.unit.test_report import content
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="needs Debian's chromium: apt-get install chromium")]
 SEARCH = {"landscape", "depths", "curves", "front", "ended", "estimate", "flops"}
-DIMENSIONS = {"by-weight_decay", "by-label_smoothing", "by-layer_decay", "by-optimizer", "by-batch_size"}
+DIMENSIONS = {
+    "by-weight_decay", "by-label_smoothing", "by-layer_decay", "by-optimizer", "by-batch_size", "by-augmentation_strength", "by-backbone",
+}  # fmt: skip
 RETRAIN = {"comparison", "fit", "confusion", "calibration", "counts", "seconds"}
 PAGES = {
     "few": SEARCH | RETRAIN,

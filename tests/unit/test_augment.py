@@ -76,6 +76,21 @@ def test_aerial_images_lie_every_way_round() -> None:
     assert lightest == {0, 1, 2, 3}
 
 
+def test_strength_is_the_share_of_images_that_are_augmented_and_a_stronger_fit_augments_the_same_ones_and_more() -> None:
+    seeds = [augment.seed_of(0, epoch, image) for epoch in range(10) for image in range(400)]
+    augmented = {strength: {seed for seed in seeds if augment.is_augmented(seed, strength)} for strength in (0.0, 0.25, 0.5, 1.0)}
+    assert augmented[0.0] == set()
+    assert augmented[1.0] == set(seeds)
+    assert augmented[0.25] < augmented[0.5]
+    assert len(augmented[0.5]) / len(seeds) == pytest.approx(0.5, abs=0.03)
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_no_seed_is_left_out_at_full_strength(seed: int) -> None:
+    assert augment.is_augmented(seed, 1.0)
+    assert not augment.is_augmented(seed, 0.0)
+
+
 @given(st.integers(0, 5), st.integers(-3, 5), st.integers(0, 5), st.integers(0, 5), st.integers(-3, 5), st.integers(0, 5))
 def test_seeds_differ_wherever_seed_epoch_or_image_do(a: int, b: int, c: int, d: int, e: int, f: int) -> None:
     assert (augment.seed_of(a, b, c) == augment.seed_of(d, e, f)) == ((a, b, c) == (d, e, f))

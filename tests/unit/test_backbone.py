@@ -207,6 +207,11 @@ def test_a_mistake_is_refused_with_the_way_out(name: str, size: int, depths: lis
         backbone.check(name, size, depths)
 
 
+def test_a_depth_beyond_a_backbone_names_it_as_a_search_may_have_several() -> None:
+    with pytest.raises(UserError, match="Unfreeze depth 99 is beyond the backbone 'resnet10t': it has"):
+        backbone.check("resnet10t", 64, [0, 99])
+
+
 def test_a_tagged_name_passes_the_check() -> None:
     backbone.check("resnet18.a1_in1k", 64, [0])
 

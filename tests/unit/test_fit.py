@@ -19,7 +19,7 @@ from infra.errors import UserError
 from ray_jobs import backbone, images
 from ray_jobs.dataset import open_dataset
 from ray_jobs.evaluate import aligned, load_model, mistakes, probabilities
-from ray_jobs.fit import Rank, Training, new_model, train
+from ray_jobs.fit import Augmented, Rank, Training, new_model, train
 from ray_jobs.fit_plan import EpochRow, Plan, batches_of_rank, choose, is_better, lr_at, plan_fit, rows_of_rank, steps_per_epoch
 from ray_jobs.spec import Spec
 from tests.fakes import MemoryObjectStore
@@ -204,6 +204,34 @@ def test_images_decoded_at_each_use_train_the_same_model_as_images_kept(world: F
     decoded = Training(world.plan(memory_budget_bytes=0), ALONE, world.store, tmp_path)
     assert type(kept.train_images) is not type(decoded.train_images)
     assert dataclasses.replace(kept.epoch(), seconds=0) == dataclasses.replace(decoded.epoch(), seconds=0)
+
+
+def seen(world: FitWorld, cache: Path, epoch: int, **changes: Any) -> list[torch.Tensor]:
+    """The train images as an epoch of a fit sees them."""
+    plan = world.plan(**changes)
+    training = Training(plan, ALONE, world.store, cache)
+    augmented = Augmented(training.train_images, training.train_labels_N, training.train_rows, plan, epoch)
+    return [augmented[index][0] for index in range(len(augmented))]
+
+
+def test_strength_is_the_share_of_images_that_a_fit_augments_the_others_are_as_val_sees_them(world: FitWorld, tmp_path: Path) -> None:
+    full, plain = seen(world, tmp_path, 1), seen(world, tmp_path, 1, augmentation="none")
+    half = seen(world, tmp_path, 1, augmentation_strength=0.5)
+    is_augmented = [torch.equal(one, other) for one, other in zip(half, full, strict=True)]
+    assert [torch.equal(one, other) for one, other in zip(half, plain, strict=True)] == [not was for was in is_augmented]
+    assert 0.2 < sum(is_augmented) / len(half) < 0.8
+    assert all(map(torch.equal, seen(world, tmp_path, 1, augmentation_strength=0.0), plain))
+    assert all(map(torch.equal, seen(world, tmp_path, 1, augmentation_strength=0.5), half))  # as a resumed fit would
+    assert not all(map(torch.equal, seen(world, tmp_path, 2, augmentation_strength=0.5), half))
+
+
+def test_the_fit_takes_the_winners_strength_and_one_without_it_keeps_its_id(world: FitWorld) -> None:
+    def plan_of(**best: float) -> Plan:
+        search = {**world.search, "best": {**world.search["best"], **best}}
+        return plan_fit(world.spec, world.dataset, world.backbone, search)
+
+    assert plan_of(augmentation_strength=0.3).augmentation_strength == 0.3
+    assert plan_of(augmentation_strength=1.0).fit_id == plan_of().fit_id != plan_of(augmentation_strength=0.3).fit_id
 
 
 def test_training_stops_when_patience_ends(world: FitWorld, tmp_path: Path) -> None:

@@ -53,10 +53,10 @@ def together(recipes: list[Recipe], bias: bool = True, **options: Any) -> list[H
     return train_heads(HeadRows(rows.values[0], rows.labels_N, rows.train), first_tensors(bias), recipes, **options)
 
 
-def alone(one: Recipe, bias: bool = True, patience: int | None = None) -> HeadResult:
+def alone(one: Recipe, bias: bool = True, patience: int | None = None, rows: Rows | None = None) -> HeadResult:
     layer = nn.ModuleDict({"fc": nn.Linear(WIDTH, CLASSES, bias=bias)})
     layer.load_state_dict(first_tensors(bias))
-    training = SuffixTraining(layer["fc"], learnable(), one, set_mode=layer.train)
+    training = SuffixTraining(layer["fc"], rows or learnable(), one, set_mode=layer.train)
     return train_alone(training, patience, lambda: {name: value.detach().numpy().copy() for name, value in layer.named_parameters()})
 
 
@@ -78,6 +78,20 @@ def test_many_different_heads_train_as_each_would_alone(bias: bool, chunk: int) 
     assert [result.recipe for result in found] == DIFFERENT
     for result in found:
         assert_same(result, alone(result.recipe, bias))
+
+
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_heads_of_different_strengths_each_draw_their_own_views(chunk: int) -> None:
+    plain = learnable()
+    views_ND = torch.randn(2 * TRAIN, WIDTH, generator=torch.Generator().manual_seed(5))
+    rows = Rows([torch.cat([plain.values[0], views_ND])], plain.labels_N, TRAIN, views=3)
+    recipes = [recipe(augmentation_strength=strength) for strength in (1.0, 0.5, 0.0, 1.0)]
+    found = train_heads(HeadRows(rows.values[0], rows.labels_N, TRAIN, views=3), first_tensors(), recipes, chunk=chunk)
+    for result in found:
+        assert_same(result, alone(result.recipe, rows=rows))
+    assert len({result.curve[0].train_loss for result in found}) == 3
+    without_views = alone(recipe())  # draws nothing for views, so its second epoch has another order
+    assert found[2].curve[0].train_loss == pytest.approx(without_views.curve[0].train_loss, abs=1e-4)
 
 
 def test_a_head_that_diverges_is_marked_and_leaves_the_others_as_they_were() -> None:

@@ -130,9 +130,24 @@ def test_only_dimensions_that_vary_get_a_panel_and_a_column() -> None:
     assert not any(name.startswith("by-") for name in figures_in(narrow))
     assert {name for name in figures_in(wide) if name.startswith("by-")} == {
         "by-weight_decay", "by-label_smoothing", "by-layer_decay", "by-optimizer", "by-batch_size",
+        "by-augmentation_strength", "by-backbone",
     }  # fmt: skip
     assert "Weight decay</th>" in wide
     assert "Weight decay</th>" not in narrow
+
+
+def test_a_search_of_several_backbones_names_the_best_ones_and_tells_long_names_apart() -> None:
+    search = searched(12, wide=True)
+    assert f"pets: {search['best']['backbone']} with unfreeze depth" in report_search_words.headline("pets", search)
+    assert "vit" not in report_search_words.headline("pets", searched(12))
+    panel = report_search_figures.by_dimension(search)["by-backbone"]
+    assert list(panel["layout"]["xaxis"]["ticktext"]) == ["vit_small_patch16_224<br>augreg_in21k", "vit_small_patch16_224<br>dino"]
+
+
+def test_any_number_of_backbones_has_a_panel() -> None:
+    trials = [{**trial(number, 1, 1e-3, 0.5 + number / 50), "backbone": f"resnet{number}"} for number in range(12)]
+    panel = report_search_figures.by_dimension({"trials_detail": trials})["by-backbone"]
+    assert len(panel["layout"]["xaxis"]["ticktext"]) == 12
 
 
 def test_the_ladders_decisions_are_listed() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +13,7 @@ from infra.errors import UserError
 from ray_jobs import search
 from ray_jobs.search import Epoch, TrialRecord
 from ray_jobs.search_space import TrialConfig
+from ray_jobs.spec import Spec, parse_spec
 
 
 def record(number: int, depth: int, lr: float, *accuracies: float, loss: float = 1.0) -> TrialRecord:
@@ -59,6 +62,36 @@ def test_the_tables_hold_a_row_an_epoch_and_a_row_a_trial_best_first() -> None:
     assert [(row["rank"], row["unfreeze_depth"], row["accuracy"], row["status"]) for row in board] == [
         (1, 2, 0.9, "stopped"), (2, 0, 0.5, "finished"), (3, 1, None, "diverged"),
     ]  # fmt: skip
+
+
+def spec_with(**fields: Any) -> Spec:
+    return parse_spec({"name": "pets", "data": {"source": "x"}, "backbone": {"name": "resnet18"}, "search": fields})
+
+
+def test_the_id_of_a_search_knows_its_backbones_by_content_and_their_order() -> None:
+    def id_of(spec: Spec, *digests: str) -> str:
+        return search.search_id(spec, backbone_digests=digests, dataset_version="v")
+
+    several = spec_with(backbone=["resnet34"])
+    moved = spec_with(backbone=[{"name": "resnet34", "weights": "/elsewhere/w.pth"}])
+    assert len({id_of(spec_with(), "a"), id_of(several, "a", "b"), id_of(several, "b", "a"), id_of(several, "a", "c")}) == 4
+    assert id_of(several, "a", "b") == id_of(moved, "a", "b")
+
+
+def test_the_id_of_a_warm_started_search_is_what_it_was_before_there_were_more_dimensions() -> None:
+    def id_of(point: TrialConfig) -> str:
+        return search.search_id(spec_with(), backbone_digests=["a"], dataset_version="v", warm=[point])
+
+    plain = TrialConfig(1, 1e-3)
+    assert id_of(plain) == id_of(replace(plain, augmentation_strength=1.0, backbone=""))
+    assert len({id_of(plain), id_of(replace(plain, augmentation_strength=0.5)), id_of(replace(plain, backbone="vit"))}) == 3
+
+
+def test_a_reader_sees_every_backbone_by_its_name() -> None:
+    own, other = record(0, 0, 1e-3, 0.5), record(1, 0, 1e-3, 0.6)
+    other.config = replace(other.config, backbone="vit")
+    assert [search.trial_detail(r, 1, "resnet18")["backbone"] for r in (own, other)] == ["resnet18", "vit"]
+    assert search.best_of(own, "resnet18")["backbone"] == "resnet18"
 
 
 def test_flops_count_three_forwards_where_trained_and_one_where_frozen() -> None:

@@ -52,6 +52,16 @@ def test_all_mistakes_are_listed_at_once_with_the_path_of_each() -> None:
         ("storage=/tmp/x", "storage"),
         ("search.scheduler=asah", "search.scheduler"),
         ("fit.num_workers=0", "fit.num_workers"),
+        ("search.augmentation_strength=1.1", "search.augmentation_strength"),
+        ("search.augmentation_strength=[]", "search.augmentation_strength"),
+        ("search.augmentation_strength={low: 0.5, high: 2}", "between 0 and 1"),
+        ("search.augmentation_strength=[0.5, 1]", "search.views to 2 or more"),
+        ("search.augmentation_strength={low: 0.5, high: 1}", "or give one value"),
+        ("search.backbone=[tf_efficientnet_lite0]", "tf_efficientnet_lite0 is there twice; backbone.name is always searched"),
+        ("search.backbone=[resnet18, {name: resnet18, weights: none}]", "resnet18 is there twice"),
+        ("search.backbone=[{name: resnet18, weihgts: none}]", "search.backbone.0.weihgts: unknown key; did you mean 'weights'"),
+        ("search.backbone=[{weights: none}]", "search.backbone.0.name: required"),
+        ("search.backbone=['']", "search.backbone.0"),
         ("data=5", "data"),
         ("data.image_size.x=5", "image_size"),
     ],
@@ -88,8 +98,9 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_relative_paths_are_taken_from_the_specs_folder(tmp_path: Path) -> None:
-    path = write(tmp_path, "name: a\ndata: {source: images}\nbackbone: {name: resnet18, weights: w.safetensors}\n")
-    spec = load_spec(path)
+    own = "name: a\ndata: {source: images}\nbackbone: {name: resnet18, weights: w.safetensors}\n"
+    spec = load_spec(write(tmp_path, own + "search: {backbone: [{name: b, weights: v.pth}]}\n"))
+    assert spec.backbones[1].weights == str(tmp_path / "v.pth")
     assert spec.data.source == str(tmp_path / "images")
     assert spec.backbone.weights == str(tmp_path / "w.safetensors")
 
@@ -100,6 +111,43 @@ def test_the_digest_knows_what_matters_and_not_where_things_lie() -> None:
     other = spec.model_copy(update={"fit": spec.fit.model_copy(update={"num_workers": 2})})
     assert spec.digest == elsewhere.digest
     assert spec.digest != other.digest
+
+
+@pytest.mark.parametrize("strength", [0.5, [0.5, 1.0], {"low": 0.0, "high": 1.0, "scale": "linear"}])
+def test_a_strength_of_no_augmentation_is_refused_with_the_way_out(strength: object) -> None:
+    content = {**MINIMAL, "search": {"augmentation_strength": strength}, "fit": {"augmentation": "none"}}
+    with pytest.raises(UserError, match=r"augmentation_strength: nothing is augmented with fit\.augmentation: none; choose a preset"):
+        parse_spec(content)
+
+
+def test_a_strength_needs_views_only_where_it_is_searched() -> None:
+    assert parse_spec({**MINIMAL, "search": {"augmentation_strength": 0}}).search.augmentation_strength == 0.0
+    spec = parse_spec({**MINIMAL, "search": {"augmentation_strength": {"low": 0.25, "high": 1}, "views": 4}})
+    assert spec.search.resolved_searcher == "random"
+
+
+@pytest.mark.parametrize(("own", "taken"), [("timm", "timm"), ("none", "none"), ("s3://bucket/own.pth", "timm")])
+def test_a_further_backbone_given_by_name_takes_the_own_ones_kind_of_weights(own: str, taken: str) -> None:
+    listed = ["resnet34", {"name": "vit", "weights": "none"}, {"name": "regnet"}]
+    spec = parse_spec({**MINIMAL, "backbone": {"name": "resnet18", "weights": own}, "search": {"backbone": listed}})
+    found = [(backbone.name, backbone.weights) for backbone in spec.backbones]
+    assert found == [("resnet18", own), ("resnet34", taken), ("vit", "none"), ("regnet", "timm")]
+
+
+def test_the_spec_of_one_of_many_backbones_is_the_spec_of_a_search_over_it_alone() -> None:
+    spec = parse_spec({**MINIMAL, "search": {"backbone": ["resnet34"]}})
+    alone = parse_spec({**MINIMAL, "backbone": {"name": "resnet34"}})
+    assert spec.with_backbone(spec.backbones[1]) == alone
+    assert spec.with_backbone(spec.backbone) == parse_spec(MINIMAL)
+    assert len({spec.digest, alone.digest, parse_spec(MINIMAL).digest}) == 3
+
+
+def test_a_dimension_that_came_late_names_nothing_at_its_default() -> None:
+    spec = parse_spec(MINIMAL)
+    said = parse_spec({**MINIMAL, "search": {"augmentation_strength": 1, "backbone": []}})
+    other = parse_spec({**MINIMAL, "search": {"augmentation_strength": 0.5}})
+    assert not {"augmentation_strength", "backbone"} & set(spec.search.content)
+    assert said.digest == spec.digest != other.digest
 
 
 def test_the_schema_describes_every_key() -> None:

@@ -15,7 +15,7 @@ from ray_jobs.cuts import Cuts
 from ray_jobs.features import FrozenPrefix, features_of
 from ray_jobs.groups import freeze, num_groups, set_mode
 from ray_jobs.preprocessing import normalise
-from ray_jobs.train_loop import Diverged, OneCycle, Recipe, Rows, SuffixTraining, class_weights
+from ray_jobs.train_loop import Diverged, OneCycle, Recipe, Rows, SuffixTraining, class_weights, draw_views
 from ray_jobs.trial import normalised
 
 SIZE, TRAIN, VAL, CLASSES = 32, 24, 8, 3
@@ -168,6 +168,33 @@ def test_each_epoch_draws_a_view_for_each_train_row_and_one_view_draws_nothing()
     order = torch.Generator().manual_seed(recipe.seed)
     torch.randperm(TRAIN, generator=order)
     assert torch.equal(one.order.get_state(), order.get_state())
+
+
+def views_drawn(strength: float, views: int = 4, rows: int = 20_000) -> torch.Tensor:
+    """How often each view is drawn, of so many rows."""
+    drawn_N = draw_views(torch.arange(rows), views, rows, rows, torch.Generator().manual_seed(3), strength=strength)
+    assert torch.equal(drawn_N % rows, torch.arange(rows))
+    return torch.bincount(drawn_N // rows, minlength=views) / rows
+
+
+def test_at_full_strength_the_views_are_drawn_from_the_stream_that_they_always_were() -> None:
+    generator, plain = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    rows_N = torch.arange(TRAIN)
+    view_N = torch.randint(4, rows_N.shape, generator=plain)
+    expected_N = torch.where(view_N > 0, rows_N + TRAIN + VAL + (view_N - 1) * TRAIN, rows_N)
+    assert torch.equal(draw_views(rows_N, 4, TRAIN, TRAIN + VAL, generator, strength=1.0), expected_N)
+    assert torch.equal(generator.get_state(), plain.get_state())
+
+
+@pytest.mark.parametrize("strength", [0.25, 0.5, 0.9, 1.0])
+def test_strength_is_the_share_of_the_augmented_draws_that_stay_and_they_stay_uniform(strength: float) -> None:
+    shares = views_drawn(strength)
+    assert float(shares[1:].sum()) == pytest.approx(0.75 * strength, abs=0.015)
+    assert shares[1:].tolist() == pytest.approx([0.25 * strength] * 3, abs=0.015)
+
+
+def test_without_strength_every_draw_is_the_image_as_val_sees_it() -> None:
+    assert views_drawn(0.0).tolist() == [1.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
