@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
-import os
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -20,8 +16,9 @@ import ray
 from infra.committed_folder import commit, read_manifest
 from infra.object_store import ObjectStore, join_uri, object_store
 from infra.progress import OnProgress
-from ray_jobs.features_on_ray import num_groups_of, result_of
+from ray_jobs.features_on_ray import num_groups_of
 from ray_jobs.fidelity import Halving
+from ray_jobs.probes_on_ray import PROBE_FIGURES, PROBE_HEAD, Probes
 from ray_jobs.proposals import expected_trials, proposer_of
 from ray_jobs.search import (
     best_of,
@@ -36,21 +33,14 @@ from ray_jobs.search import (
 )
 from ray_jobs.search_engine import SearchEngine
 from ray_jobs.search_journal import Journal
-from ray_jobs.search_space import TrialConfig, backbone_in_points, probe_configs
+from ray_jobs.search_space import TrialConfig, backbone_in_points
 from ray_jobs.spec import SearchSpec, Spec
-from ray_jobs.warm_worker import prepare_worker, warm_worker
+from ray_jobs.warm_worker import prepare_worker
 from ray_jobs.work import Work
-from ray_jobs.workers import lanes, submit
+from ray_jobs.workers import lanes
 
-RESULT, PROBE_HEAD = "result.json", "probe.safetensors"
+RESULT = "result.json"
 TRIALS_A_GPU = 4
-QUIET = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON or TensorBoard files: they cost more than a linear probe's epoch
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_GLOBAL_CHECKPOINT_S": "100000",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the caller's
-    "TUNE_WARN_THRESHOLD_S": "100000",
-}
 
 
 def run_search(
@@ -105,8 +95,6 @@ class _Running:
         self.engine = SearchEngine(proposer, spec.search.max_epochs, _halving(spec.search), self._note)
         self.engine.restore(events)
         self.probes: dict[str, Any] = {}
-        self.references: dict[str, Any] = {}
-        self.heads: list[int] = []
         journal.start()
         if not first:
             self._note({"kind": "start", "lanes": self.lanes})
@@ -127,10 +115,11 @@ class _Running:
     def run(self, on_progress: OnProgress) -> dict[str, Any]:
         """Every trial, and what came of the probes of each backbone."""
         try:
-            self._start_probes()
+            probes = Probes(self.search, self.works, self.engine, self.journal)
+            probes.start(self.slot)
             if self._has_deep_trials:
                 importlib.import_module("ray.tune")  # takes seconds, in which the probes train
-            self._take_in_probes()
+            self.probes = probes.take_in()
             if self._has_deep_trials:
                 self._run_tune(on_progress)
             self.engine.close()
@@ -141,63 +130,18 @@ class _Running:
     def _note(self, event: dict[str, Any]) -> None:
         self.journal.append({**event, "spent_s": round(self.spent_s, 3), "spent_gpu_s": round(self.spent_gpu_s, 3)})
 
-    def _start_probes(self) -> None:
-        """Train the linear probes of each backbone, all at once, in one of the workers that have just computed the features."""
-        self.heads, all_known = self.engine.take_heads()
-        for name, work in self.works.items():
-            kept = _kept_probes(self.journal, name) if all_known else None
-            if kept:
-                self.references[name] = ray.put(kept)
-                continue
-            trials = [self.engine.records[i].config for i in self._heads_of(name)]
-            probes = probe_configs(self.search, name)
-            self.references[name] = submit(_probes, work, trials, probes, name="probes", resources=self.slot)
-
-    def _heads_of(self, name: str) -> list[int]:
-        return [i for i in self.heads if self.engine.records[i].config.backbone == name]
-
-    def _take_in_probes(self) -> None:
-        """Their epochs are the search's."""
-        for name, reference in self.references.items():
-            probe = self.probes[name] = result_of(reference)
-            _keep_probes(self.journal, name, probe)  # before the events that make them done
-            for index, trained in zip(self._heads_of(name), probe["trials"], strict=bool(probe["trials"])):
-                for epoch in trained.curve:
-                    self.engine.report(index, epoch, started_at=trained.started_at, seconds=trained.seconds)
-                if trained.status:
-                    self.engine.end(index, trained.status, trained.reason)
-
     @property
     def _has_deep_trials(self) -> bool:
         return self.search.resolved_searcher == "optuna" or max(self.search.unfreeze_depth) > 0
 
     def _run_tune(self, on_progress: OnProgress) -> None:
-        """Drive Ray Tune until the engine has nothing more to run."""
-        with _quiet(self.lanes), tempfile.TemporaryDirectory(prefix="unfreeze-tune-") as scratch:
-            from ray import tune
+        from ray_jobs.search_trial import drive_tune
 
-            from ray_jobs.search_trial import EachStep, FreeLanes, Proposals, Scheduler, SearchTrial
-
-            free = FreeLanes(self.lanes)
-            scheduler = Scheduler(self.engine, free, on_progress, expected_trials(self.search))
-            heads = {name: ray.put(probe["head"]) for name, probe in self.probes.items()}
-            shared = {"works": self.works, "heads": heads, "lanes": lanes()}
-            proposals = Proposals(self.engine, free)
-            if lanes():
-                proposals.start_ahead(shared)
-            trainable = tune.with_parameters(SearchTrial, shared=shared)
-            tuner = tune.Tuner(
-                tune.with_resources(trainable, self.slot),
-                tune_config=tune.TuneConfig(
-                    metric="val_accuracy", mode="max", search_alg=proposals, scheduler=scheduler,
-                    reuse_actors=True, num_samples=-1, trial_dirname_creator=lambda trial: trial.trial_id,
-                ),
-                run_config=tune.RunConfig(
-                    name="search", storage_path=scratch, verbose=0, stop=EachStep(self._look),
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-                ),
-            )  # fmt: skip
-            tuner.fit()
+        heads = {name: ray.put(probe["head"]) for name, probe in self.probes.items()}
+        shared = {"works": self.works, "heads": heads, "lanes": lanes()}
+        drive_tune(
+            self.engine, shared, self.lanes, self.slot, look=self._look, on_progress=on_progress, expected=expected_trials(self.search)
+        )
 
 
 def _result(spec: Spec, dataset: dict[str, Any], running: _Running, probes: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,42 +177,6 @@ def work_of(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], featu
     )  # fmt: skip
 
 
-def _probes(work: Work, trials: list[TrialConfig], probes: list[TrialConfig]) -> dict[str, Any]:
-    """Train all linear probes; the head of the best, at its best epoch, and what each suffix costs."""
-    worker = warm_worker(work)
-
-    from ray_jobs.probe import train_probes  # torch is loaded only now, and without its compiler
-
-    found = train_probes(worker, trials, probes)
-    flops = worker.forward_flops()
-    return {"head": found.head, "summary": found.summary, "trials": found.trials, "whole_flops": flops.pop(-1), "suffix_flops": flops}
-
-
-def _keep_probes(journal: Journal, backbone: str, probe: dict[str, Any]) -> None:
-    """On S3 as long as the search runs, so that a restart need not train them again."""
-    from safetensors.numpy import save
-
-    figures = {"summary": probe["summary"], "whole_flops": probe["whole_flops"], "suffix_flops": list(probe["suffix_flops"].items())}
-    folder = _probes_folder(journal, backbone)
-    journal.store.write(join_uri(folder, PROBE_HEAD), save(probe["head"]))
-    journal.store.write(join_uri(folder, "probe.json"), json.dumps(figures).encode())
-
-
-def _probes_folder(journal: Journal, backbone: str) -> str:
-    return join_uri(journal.uri, backbone) if backbone else journal.uri
-
-
-def _kept_probes(journal: Journal, backbone: str) -> dict[str, Any] | None:
-    from safetensors.numpy import load
-
-    try:
-        figures = json.loads(journal.store.read(join_uri(_probes_folder(journal, backbone), "probe.json")))
-        head = load(journal.store.read(join_uri(_probes_folder(journal, backbone), PROBE_HEAD)))
-    except FileNotFoundError:
-        return None
-    return {**figures, "suffix_flops": dict(figures["suffix_flops"]), "head": head, "trials": []}
-
-
 def _slots() -> tuple[int, dict[str, float]]:
     """Trials at a time, and what one of them occupies."""
     have = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -287,30 +195,13 @@ def _halving(search: SearchSpec) -> Halving | None:
     return Halving(search.max_epochs)
 
 
-@contextmanager
-def _quiet(lanes: int) -> Iterator[None]:
-    """Tune's environment and loggers, for as long as it runs."""
-    settings = QUIET | {"TUNE_MAX_PENDING_TRIALS_PG": str(lanes)}
-    before = {key: os.environ.get(key) for key in settings}
-    os.environ.update(settings)
-    logger = logging.getLogger("ray.tune")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        for key, value in before.items():
-            os.environ.pop(key, None) if value is None else os.environ.update({key: value})
-
-
 def _write(store: ObjectStore, uri: str, result: dict[str, Any], probe: dict[str, Any]) -> None:
     from safetensors.numpy import save
 
     files = {
         "trials.parquet": epochs_table(result["trials_detail"]), "leaderboard.parquet": leaderboard_table(result["trials_detail"]),
         "rungs.parquet": rungs_table(result["rungs"]),
-        f"probe/{PROBE_HEAD}": save(probe["head"]), "probe/probe.json": json.dumps(probe["summary"], indent=1).encode(),
+        f"probe/{PROBE_HEAD}": save(probe["head"]), f"probe/{PROBE_FIGURES}": json.dumps(probe["summary"], indent=1).encode(),
         RESULT: json.dumps(result, indent=1).encode(),
     }  # fmt: skip
     commit(store, uri, files)

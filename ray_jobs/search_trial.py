@@ -1,10 +1,13 @@
-"""Ray Tune's view of a search: one trial in a warm worker, and the thin adapters between Tune and the search engine."""
+"""Ray Tune's view of a search: one trial in a warm worker, the thin adapters between Tune and the search engine, and Tune's run itself."""
 
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -21,6 +24,14 @@ from ray_jobs.trial_epoch import run_ahead, trial_epoch
 
 MAX_WORKER_DEATHS = 2
 """A trial whose worker died starts again this many times; an eviction or a kill then changes nothing in the outcome."""
+
+QUIET = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON or TensorBoard files: they cost more than a linear probe's epoch
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_GLOBAL_CHECKPOINT_S": "100000",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the caller's
+    "TUNE_WARN_THRESHOLD_S": "100000",
+}
 
 
 class SearchTrial(tune.Trainable):
@@ -171,3 +182,47 @@ class EachStep(_StaysHere, tune.Stopper):
     def stop_all(self) -> bool:
         self.look()
         return False
+
+
+def drive_tune(
+    engine: SearchEngine, shared: Mapping[str, Any], lanes: int, slot: Mapping[str, float], *, look: Callable[[], None],
+    on_progress: OnProgress, expected: int,
+) -> None:  # fmt: skip
+    """Let Ray Tune run trials, `lanes` at a time and each on the resources of `slot`, until the engine has nothing more to run.
+
+    `shared` is what every trial gets: works and heads by backbone, and the lanes. `look` is called at each turn.
+    """
+    free = FreeLanes(lanes)
+    proposals = Proposals(engine, free)
+    with _quiet(lanes), tempfile.TemporaryDirectory(prefix="unfreeze-tune-") as scratch:
+        if shared["lanes"]:
+            proposals.start_ahead(shared)
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(SearchTrial, shared=shared), dict(slot)),
+            tune_config=tune.TuneConfig(
+                metric="val_accuracy", mode="max", search_alg=proposals, scheduler=Scheduler(engine, free, on_progress, expected),
+                reuse_actors=True, num_samples=-1, trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="search", storage_path=scratch, verbose=0, stop=EachStep(look),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+            ),
+        )  # fmt: skip
+        tuner.fit()
+
+
+@contextmanager
+def _quiet(lanes: int) -> Iterator[None]:
+    """Tune's environment and loggers, for as long as it runs."""
+    settings = QUIET | {"TUNE_MAX_PENDING_TRIALS_PG": str(lanes)}
+    before = {key: os.environ.get(key) for key in settings}
+    os.environ.update(settings)
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for key, value in before.items():
+            os.environ.pop(key, None) if value is None else os.environ.update({key: value})
