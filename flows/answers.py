@@ -95,7 +95,7 @@ def search(answer: dict[str, Any]) -> Group:
     table = Table(title=f"{len(trials)} trials in {answer['search']['seconds']:.0f} s; {found}")
     varied = [name for name in OTHER_DIMENSIONS if len({trial[name] for trial in trials}) > 1]
     for column in ("depth", "lr", *(name.replace("_", " ") for name in varied), "val accuracy", "epochs", "status", "seconds"):
-        table.add_column(column, justify="left" if column == "status" else "right")
+        table.add_column(column, justify="left" if column in ("status", "backbone") else "right", overflow="fold")  # names must stay whole
     shown = sorted(trials, key=lambda row: -(row["accuracy"] if row["accuracy"] is not None else -1))[:LEADERS]
     for trial in shown:
         others = [f"{trial[name]:.2g}" if isinstance(trial[name], float) else str(trial[name]) for name in varied]

@@ -6,6 +6,7 @@ A trace that names its trials in `customdata` under `meta` = TRIALS is given the
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -130,12 +131,14 @@ def by_dimension(search: Values) -> dict[str, Figure]:
 def _panel(trials: Sequence[Values], name: str, colours: Mapping[int, str]) -> Figure:
     shown = [trial for trial in trials if trial.get(name) is not None]
     values = sorted({trial[name] for trial in shown}, key=lambda value: (str(type(value)), value))
+    names = [_tick(value_of({name: value}, name)) for value in values]
+    upright = len(names) > 2 and any("<br>" in one for one in names)  # side by side they would not all find room
     figure = go.Figure()
     if len(values) <= MOST_CATEGORIES or isinstance(values[0], str):
         places: list[Any] = [values.index(trial[name]) + 0.2 * spread(index) for index, trial in enumerate(shown)]
         figure.update_xaxes(
-            tickvals=list(range(len(values))), ticktext=[_tick(value_of({name: value}, name)) for value in values],
-            range=[-0.5, len(values) - 0.5], showgrid=False,
+            tickvals=list(range(len(values))), ticktext=names, range=[-0.5, len(values) - 0.5], showgrid=False,
+            tickangle=90 if upright else None,
         )  # fmt: skip
     else:
         places = [trial[name] for trial in shown]
@@ -147,12 +150,13 @@ def _panel(trials: Sequence[Values], name: str, colours: Mapping[int, str]) -> F
     )  # fmt: skip
     figure.update_xaxes(title=words_of(name))
     figure.update_yaxes(title="val accuracy", tickformat=".0%", nticks=5, range=accuracy_window([trial["accuracy"] for trial in shown]))
-    return finished(figure, height=240)
+    return finished(figure, height=320 if upright else 240)
 
 
 def _tick(value: str) -> str:
-    """A long name on two lines, as timm's names differ in what follows the dot."""
-    return plot_text(value) if len(value) < 20 else "<br>".join(plot_text(part) for part in value.split(".", 1))
+    """A long name on several lines, so that all of it can be read: timm's names often differ at their end alone."""
+    lines = textwrap.wrap(re.sub(r"([_.])", r"\1 ", value), 16) if len(value) > 16 else [value]
+    return "<br>".join(plot_text(line.replace(" ", "")) for line in lines)
 
 
 def learning_curves(search: Values) -> Figure | None:

@@ -141,7 +141,10 @@ def test_a_search_of_several_backbones_names_the_best_ones_and_tells_long_names_
     assert f"pets: {search['best']['backbone']} with unfreeze depth" in report_search_words.headline("pets", search)
     assert "vit" not in report_search_words.headline("pets", searched(12))
     panel = report_search_figures.by_dimension(search)["by-backbone"]
-    assert list(panel["layout"]["xaxis"]["ticktext"]) == ["vit_small_patch16_224<br>augreg_in21k", "vit_small_patch16_224<br>dino"]
+    assert list(panel["layout"]["xaxis"]["ticktext"]) == [
+        "vit_small_<br>patch16_224.<br>augreg_in21k",
+        "vit_small_<br>patch16_224.<br>dino",
+    ]
 
 
 def test_any_number_of_backbones_has_a_panel() -> None:
