@@ -29,4 +29,5 @@ def search(spec: Spec) -> dict[str, Any]:
     run_id = record_search(spec, dataset, backbones, found)
     report = report_search(spec, {"dataset": dataset, "features": together(features), "search": found}, run_id)
     announce_search(spec.name, found["trials_detail"], report["link"])
-    return search_outcome(dataset, found, report, flow_run.get_id())
+    parts = {"dataset": dataset, "backbones": backbones, "plans": plans, "features": features, "search": found}
+    return search_outcome(parts, report, flow_run.get_id())

@@ -117,10 +117,10 @@ class _Running:
         try:
             probes = Probes(self.search, self.works, self.engine, self.journal)
             probes.start(self.slot)
-            if self._has_deep_trials:
+            if self.search.needs_tune:
                 importlib.import_module("ray.tune")  # takes seconds, in which the probes train
             self.probes = probes.take_in()
-            if self._has_deep_trials:
+            if self.search.needs_tune:
                 self._run_tune(on_progress)
             self.engine.close()
         finally:
@@ -129,10 +129,6 @@ class _Running:
 
     def _note(self, event: dict[str, Any]) -> None:
         self.journal.append({**event, "spent_s": round(self.spent_s, 3), "spent_gpu_s": round(self.spent_gpu_s, 3)})
-
-    @property
-    def _has_deep_trials(self) -> bool:
-        return self.search.resolved_searcher == "optuna" or max(self.search.unfreeze_depth) > 0
 
     def _run_tune(self, on_progress: OnProgress) -> None:
         from ray_jobs.search_trial import drive_tune

@@ -200,6 +200,11 @@ class SearchSpec(_Part):
         return named_by(self.model_dump(mode="json"))
 
     @property
+    def needs_tune(self) -> bool:
+        """Whether anything is left to run once the linear probes that are known at the start have trained, all at once."""
+        return self.resolved_searcher == "optuna" or max(self.unfreeze_depth) > 0
+
+    @property
     def resolved_searcher(self) -> Literal["grid", "random", "optuna"]:
         """The searcher in force where the spec leaves it open."""
         return self.searcher or ("random" if any(isinstance(getattr(self, name), Range) for name in SEARCHED) else "grid")

@@ -78,8 +78,11 @@ def skipped(outcome: dict[str, Any], flow_run_id: str | None, total_s: float) ->
     return {**outcome, "status": "skipped", "flow_run_id": flow_run_id, "seconds": seconds}
 
 
-def search_outcome(dataset: dict[str, Any], search: dict[str, Any], report: dict[str, str], flow_run_id: str | None) -> dict[str, Any]:
-    """What `search --json` prints."""
+def search_outcome(parts: dict[str, Any], report: dict[str, str], flow_run_id: str | None) -> dict[str, Any]:
+    """What `search --json` prints. A phase's seconds are those of its making, also where its kept result was taken."""
+    dataset, search = parts["dataset"], parts["search"]
+    phases = {"prepare": [dataset], "backbone": parts["backbones"], "plan": parts["plans"], "cache": parts["features"], "search": [search]}
+    seconds = {phase: round(sum(one["seconds"] for one in steps), 2) for phase, steps in phases.items()}
     columns = ("accuracy", "last_accuracy", "epochs", "epochs_run", "status", "reason", "seconds")
     trials = [asdict(point_of(trial)) | {column: trial[column] for column in columns} for trial in search["trials_detail"]]
     return {
@@ -87,6 +90,7 @@ def search_outcome(dataset: dict[str, Any], search: dict[str, Any], report: dict
         "dataset": _dataset(dataset),
         "search": _search(search),
         "trials_detail": trials,
+        "seconds": seconds | {"total": round(sum(seconds.values()), 2)},
         "cost": search["cost"],
         "decisions": search["decisions"],
         "report": report["uri"],

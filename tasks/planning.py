@@ -36,7 +36,7 @@ def plan_search(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any]) -
     """For one backbone: the cuts to materialise, where each depth starts from, and the estimate of time and memory."""
     from ray_jobs import plan_on_ray
 
-    # Tune takes seconds to load, and is needed next, while this process only waits here
-    threading.Thread(target=importlib.import_module, args=("ray.tune",), daemon=True).start()
+    if spec.search.needs_tune:  # it takes seconds to load, and is needed next, while this process only waits here
+        threading.Thread(target=importlib.import_module, args=("ray.tune",), daemon=True).start()
     with progress.step(f"Planning the search{which(spec, backbone)}"), ray_cluster.connect():
         return plan_on_ray.plan_search(spec, dataset, backbone, views=spec.search.views)
