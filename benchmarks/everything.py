@@ -17,17 +17,9 @@ from bench import ROOT, Figure, print_figures
 
 RESULTS = ROOT / "benchmarks" / "results"
 SCRIPTS = (
-    "prefix",
-    "decode_and_resize",
-    "new_images",
-    "trial_overhead",
-    "planner",
-    "warm_start",
-    "marginal_trial",
-    "many_trials",
-    "views",
-    "kills",
-)
+    "prefix", "decode_and_resize", "new_images", "trial_overhead", "planner", "warm_start", "marginal_trial", "many_trials", "views",
+    "gate", "kills",
+)  # fmt: skip
 CASES = ("last-blocks", "all-depths", "heads")
 PEER_GOALS = {
     "last-blocks": {"fifo": 10.0, "asha": 3.0}, "all-depths": {"fifo": 8.0, "asha": 1.5}, "heads": {"fifo": 100.0, "sequential": 3.0}

@@ -33,8 +33,8 @@ KNN_ROWS = 1024
 class HeadRows:
     """The classifier's input for every stored row, as Rows has them, and dropout's share before it."""
 
-    features_ND: Tensor  # noqa: N815
-    labels_N: Tensor  # noqa: N815
+    features_ND: Tensor
+    labels_N: Tensor
     train: int
     dropout: float = 0.0
     views: int = 1

@@ -62,7 +62,7 @@ class Rows:
     """The cached rows of one cut: the first `train` of them train, the rest judge; after them the train rows of further views."""
 
     values: Sequence[Tensor]
-    labels_N: Tensor  # noqa: N815
+    labels_N: Tensor
     train: int
     views: int = 1
 

@@ -1,0 +1,50 @@
+"""What can be set of the statistical gate. These keys join `promotion` in the spec once the flows judge by the gate."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from ray_jobs.spec import PromotionSpec
+
+
+class GateSpec(PromotionSpec):
+    """When the challenger replaces the champion, and how sure that must be."""
+
+    confidence: float = Field(
+        0.95, ge=0.5, lt=1, description="How sure the gain must be: equal models are promoted in at most 1 - confidence of the cases."
+    )
+    class_floor: float = Field(
+        0.05, ge=0, le=1, description="No class, and no value of a slice, may lose more recall than this beyond its noise; 1: rule off."
+    )
+    slices: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="Manifest columns whose values are each held to class_floor, e.g. [camera]."
+    )
+    ece_floor: float = Field(
+        0.05, ge=0, le=1, description="The expected calibration error may not rise by more than this beyond its noise; 1: rule off."
+    )
+    log_loss_floor: float = Field(
+        0.1, ge=0, le=35, description="The log loss may not rise by more than this beyond its noise, in nats an image; 35: rule off."
+    )
+    floor_confidence: float = Field(
+        0.9, ge=0.5, lt=1, description="How sure a loss must be before it refuses; over all classes, or all slices, together."
+    )
+    probe: Literal["refuse", "warn", "off"] = Field(
+        "refuse", description="What follows when the challenger loses to its own linear probe (negative transfer)."
+    )
+    max_overlap: float = Field(
+        0.2, ge=0, le=1, description="Share of the holdout that may have been seen in training, and so removed, before nothing is judged."
+    )
+    min_images: int = Field(20, ge=1, description="Fewer holdout images than this judge nothing.")
+    detectable_gain: float = Field(
+        0.03, gt=0, le=1, description="Gain beyond min_gain for which the decision says how many images it takes to show it."
+    )
+    power: float = Field(0.8, ge=0.5, lt=1, description="How often such a gain should be shown, for that number of images.")
+
+    @field_validator("slices")
+    @classmethod
+    def _has_no_duplicates(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("must be a list of different columns")
+        return value
