@@ -29,6 +29,7 @@ from search_against_peers import write_images
 UNFREEZE = str(Path(sys.executable).with_name("unfreeze"))
 TARGETS, SCHEDULERS = ("driver", "worker", "everything"), ("asha", "ladder")
 TIMEOUT_S = 600
+TOO_LATE = "it had ended before the kill"
 TIMES = ("seconds", "started_at", "at")
 
 
@@ -180,7 +181,7 @@ def one_kill(site: Site, number: int, scheduler: str, rng: random.Random, expect
     events = site.events(spec.stem)
     lines = [line for line in log.read_text().splitlines() if line.strip()] or ["before its first line"]
     moment = f"{delay_s:.1f} s into {'the search' if in_search else 'the command'}: {lines[-1][:48]}"
-    problems = [] if killed else ["it had ended before the kill" if done else "no worker to kill"]
+    problems = [] if killed else [TOO_LATE if done else "no worker to kill"]
     if driver.wait(TIMEOUT_S) and target == "worker":
         problems.append(f"the command ended with {driver.returncode}: {log.read_text()[-300:]}")
     try:
@@ -219,9 +220,14 @@ def main() -> None:
         try:
             site.finish(site.spec("warm-up", "fifo"))
             undisturbed = {scheduler: site.finish(site.spec(f"undisturbed-{scheduler}", scheduler)) for scheduler in SCHEDULERS}
-            for number in range(chosen.more.kills):
+            for number in range(2 * chosen.more.kills):
+                if len(rounds) == chosen.more.kills:
+                    break
                 scheduler = SCHEDULERS[number // len(TARGETS) % 2] if chosen.more.kills > 3 else SCHEDULERS[number % 2]
                 found = one_kill(site, number, scheduler, rng, *undisturbed[scheduler])
+                if found.problems == [TOO_LATE]:
+                    print(f"{number + 1}: {TOO_LATE}; another instead", flush=True)
+                    continue
                 rounds.append(found)
                 table.add_row(found.scheduler, found.target, found.moment, found.known, "; ".join(found.problems) or "the same")
                 print(f"{number + 1}: {found.scheduler}, {found.target}, {found.moment}: {found.problems or 'the same'}", flush=True)

@@ -16,7 +16,7 @@ from infra.object_store import join_uri, object_store
 from infra.settings import cache_dir
 from ray_jobs.features_on_ray import num_groups_of, result_of
 from ray_jobs.light_timm import import_timm
-from ray_jobs.plan import Calibration, Workload, expected_epochs, plan
+from ray_jobs.plan import Calibration, Workload, expected_epochs, steady_plan
 from ray_jobs.search_space import backbone_in_points, probe_learning_rates, trial_configs
 from ray_jobs.spec import Spec, digest_of
 from ray_jobs.workers import submit
@@ -60,7 +60,8 @@ def plan_search(
     started = time.perf_counter()
     epochs = expected_epochs(spec.search.scheduler, spec.search.max_epochs, sum(trials.values()))
     workers = gpus or max(1, int(resources.get("CPU", 1)))
-    found = plan(measured, Workload(trials, epochs, dataset["train"], dataset["val"], views, workers), memory_bytes or float("inf"))
+    work = Workload(trials, epochs, dataset["train"], dataset["val"], views, workers)
+    found = steady_plan(measured, work, memory_bytes or float("inf"))
     return {
         "materialise": list(found.materialise), "source": {str(depth): source for depth, source in found.source.items()},
         "estimated_s": found.estimated_s, "prefix_s": found.prefix_s, "trials_s": found.trials_s, "memory_bytes": found.memory_bytes,

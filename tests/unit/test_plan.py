@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_jobs.plan import Calibration, DepthCost, Workload, evaluate, expected_epochs, plan
+from ray_jobs.plan import HARDLY_MORE, Calibration, DepthCost, Workload, evaluate, expected_epochs, plan, steady_plan
 
 GROUPS = 8
 
@@ -55,6 +55,13 @@ def test_within_a_memory_budget_it_is_the_best_that_fits(known: Calibration, wor
     found = plan(known, work, budget)
     assert found.memory_bytes <= budget
     assert found.estimated_s == pytest.approx(min(one.estimated_s for one in every if one.memory_bytes <= budget))
+
+
+@given(networks, workloads)
+def test_the_plan_that_is_taken_hardly_costs_more_and_is_that_of_every_cut_wherever_it_can_be(known: Calibration, work: Workload) -> None:
+    best, taken, whole = plan(known, work), steady_plan(known, work), evaluate(known, work, list(work.trials))
+    assert taken.estimated_s <= HARDLY_MORE * best.estimated_s
+    assert (taken == whole) == (whole.estimated_s <= HARDLY_MORE * best.estimated_s or best == whole)
 
 
 @given(networks, workloads)
