@@ -36,7 +36,8 @@ TABLE = sa.Table(
     sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("entry", sa.LargeBinary, nullable=False),  # the very bytes of the copy on S3, so that no encoding comes between
 )
-BYTES = sa.cast(TABLE.c.entry, sa.LargeBinary)  # SQLite keeps a value of any type in any column: whatever is there, its bytes are read
+# SQLite keeps a value of any type in any column: whatever is there, its bytes are read
+BYTES = sa.cast(TABLE.c.entry, sa.LargeBinary).label("entry")
 log = logging.getLogger(__name__)
 
 
@@ -80,8 +81,10 @@ class SqlLedger:
         return entries
 
     def append(self, model: str, content: Content, expected_number: int) -> Entry:
-        if numbers_on_s3(self.store, self.storage, model) != set(range(1, expected_number)):
-            self.entries(model)  # copies are missing, or another was first, or this database is not the one they were made of
+        places = (expected_number - 1, expected_number)
+        copied = {number for number in places if self.store.exists(entry_uri(self.storage, model, number))}
+        if copied != self._rows(model, *places).keys():
+            self.entries(model)  # a copy is missing, or this database is not the one that the copies were made of
         entry = self._commit(model, content, expected_number)
         self._copy_missing(model, {expected_number: encode(entry)}, ())
         return entry
@@ -93,10 +96,11 @@ class SqlLedger:
             copies |= self._copy_missing(model, rows, copies.keys())
         return Kept(rows, copies)
 
-    def _rows(self, model: str) -> dict[int, bytes]:
+    def _rows(self, model: str, *numbers: int) -> dict[int, bytes]:
+        """The rows of these numbers, by number; all of the model where none is named."""
+        wanted = (TABLE.c.model == model) & (TABLE.c.number.in_(numbers) if numbers else sa.true())
         with self._connected() as connection:
-            found = connection.execute(sa.select(TABLE.c.number, BYTES).where(TABLE.c.model == model))
-            return {row.number: row.entry for row in found}
+            return {row.number: row.entry for row in connection.execute(sa.select(TABLE.c.number, BYTES).where(wanted))}
 
     def _commit(self, model: str, content: Content, number: int) -> Entry:
         """Insert the row. Where the connection is lost meanwhile, once more: the row may be there, and then with the same bytes."""
