@@ -1,8 +1,10 @@
 """Every error that a person may see: what happened, and what to do about it.
 
 UnfreezeError
- ├─ UserError      the user's mistake: spec, data, arguments       exit code 2
- └─ ServiceError   a service could not be reached, or gave up      exit code 3
+ ├─ UserError            the user's mistake: spec, data, arguments       exit code 2
+ │   ├─ LedgerConflict   another promotion got there first: judge again
+ │   └─ LedgerDamaged    an entry is altered, missing or out of order
+ └─ ServiceError         a service could not be reached, or gave up      exit code 3
 
 Anything else that escapes is our own bug (exit code 1).
 """
@@ -28,6 +30,14 @@ class UserError(UnfreezeError, ValueError):
     """The user's mistake: in the spec, the data or the arguments."""
 
     exit_code = 2
+
+
+class LedgerConflict(UserError):  # noqa: N818
+    """Another promotion got there first: whoever decided against an older champion judges again."""
+
+
+class LedgerDamaged(UserError):  # noqa: N818
+    """An entry of the ledger is altered, missing or out of order: nothing is decided by such a ledger."""
 
 
 class ServiceError(UnfreezeError):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
@@ -15,6 +16,9 @@ from infra.errors import ServiceError, UserError
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+UNDECIDED_ATTEMPTS = 8
+"""S3 answers 409 to a conditional write that met another one under way: neither won yet."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,10 @@ class ObjectStore(Protocol):
 
     def read(self, uri: str) -> bytes: ...
     def write(self, uri: str, data: bytes) -> None: ...
+    def write_if_absent(self, uri: str, data: bytes) -> bool:
+        """Write unless something is there; False where something was. Only where `enforces_write_if_absent` can others not come between."""
+        ...
+
     def download(self, uri: str, path: Path) -> None: ...
     def upload(self, path: Path, uri: str) -> None: ...
     def exists(self, uri: str) -> bool: ...
@@ -94,6 +102,27 @@ class S3ObjectStore:
         with _translated(uri):
             self.client.put_object(Bucket=bucket, Key=key, Body=data)
 
+    def write_if_absent(self, uri: str, data: bytes) -> bool:
+        from botocore.exceptions import ClientError
+
+        bucket, key = split_uri(uri)
+        for _ in range(UNDECIDED_ATTEMPTS):
+            try:
+                with _translated(uri):
+                    self.client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+                return True
+            except ServiceError as error:
+                refusal = error.__cause__
+                status = refusal.response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(refusal, ClientError) else 0
+                if status == HTTPStatus.PRECONDITION_FAILED:
+                    return False
+                if status == HTTPStatus.NOT_IMPLEMENTED:  # some stores refuse the condition, others ignore it: treat them alike
+                    self.write(uri, data)
+                    return True
+                if status != HTTPStatus.CONFLICT:
+                    raise
+        raise ServiceError(f"S3 could not decide which of several writers of {uri} was first.", "The same command carries on.")
+
     def download(self, uri: str, path: Path) -> None:
         bucket, key = split_uri(uri)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,6 +176,12 @@ class S3ObjectStore:
                 f"The bucket {bucket!r} does not exist at {self.client.meta.endpoint_url}.",
                 "Create it, or name another one under `storage:` in the spec.",
             ) from None
+
+
+def enforces_write_if_absent(store: ObjectStore, uri: str) -> bool:
+    """Whether the store refuses the second of two conditional writes. `uri` is written once and stays: no probe disturbs another."""
+    store.write_if_absent(uri, b"A probe: does this store enforce If-None-Match?\n")
+    return not store.write_if_absent(uri, b"It does not.\n")
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, get_args
 
-from pydantic import AliasChoices, ByteSize, Field, TypeAdapter, ValidationError
+from pydantic import AliasChoices, ByteSize, Field, SecretStr, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infra.errors import UserError
@@ -28,6 +28,9 @@ class Settings(BaseSettings):
     cache_dir: Path | None = Field(default=None, description="Scratch of this machine; the default is `cache` in the home.")
     cache_bytes: ByteSize = Field(
         default=ByteSize(20 * 10**9), gt=0, description="Features kept on this machine's disk, e.g. 50GB; the least recently used go first."
+    )
+    ledger_url: SecretStr | None = Field(
+        default=None, description="Database of the ledger of promotions; by default the object store, or a file in the home."
     )
     num_cpus: float | None = Field(default=None, gt=0, description="CPUs of the embedded Ray; the default is all of the machine's.")
     start_timeout_s: float = Field(default=180.0, gt=0, description="How long one embedded service may take to answer.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import md5
@@ -17,6 +18,7 @@ class MemoryObjectStore:
         self.objects: dict[str, bytes] = {}
         self.modified_at: dict[str, float] = {}
         self.writes = 0
+        self.one_at_a_time = threading.Lock()
         self.before_write: Callable[[str], None] = lambda uri: None
 
     def read(self, uri: str) -> bytes:
@@ -31,6 +33,13 @@ class MemoryObjectStore:
         self.writes += 1
         self.objects[uri] = data
         self.modified_at[uri] = time.time()
+
+    def write_if_absent(self, uri: str, data: bytes) -> bool:
+        with self.one_at_a_time:
+            if uri in self.objects:
+                return False
+            self.write(uri, data)
+            return True
 
     def download(self, uri: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from botocore.awsrequest import AWSRequest, AWSResponse
 
 from infra.errors import ServiceError, UserError
-from infra.object_store import ObjectStore, S3ObjectStore, join_uri, split_uri
+from infra.object_store import ObjectStore, S3ObjectStore, enforces_write_if_absent, join_uri, new_client, split_uri
 from tests.fakes import MemoryObjectStore
 
 
@@ -101,3 +103,51 @@ def test_a_listing_tells_when_each_object_was_written(store: ObjectStore, base: 
     store.write(join_uri(base, "a"), b"x")
     (info,) = store.list(base)
     assert abs(info.modified_at - time.time()) < 60
+
+
+@pytest.fixture(params=["moto", "memory"])
+def enforcing(request: pytest.FixtureRequest) -> ObjectStore:
+    if request.param == "memory":
+        return MemoryObjectStore()
+    request.getfixturevalue("enforcing_s3")
+    return S3ObjectStore()
+
+
+def test_a_store_that_enforces_conditional_writes_keeps_what_was_first(enforcing: ObjectStore, base: str) -> None:
+    assert enforcing.write_if_absent(join_uri(base, "a"), b"one")
+    assert not enforcing.write_if_absent(join_uri(base, "a"), b"two")
+    assert enforcing.read(join_uri(base, "a")) == b"one"
+
+
+def test_a_probe_tells_which_stores_enforce_conditional_writes_however_often_it_is_asked(
+    enforcing: ObjectStore, base: str, s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [enforces_write_if_absent(enforcing, join_uri(base, "probe")) for _ in range(2)] == [True, True]
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    assert [enforces_write_if_absent(S3ObjectStore(), join_uri(base, "probe")) for _ in range(2)] == [False, False]
+
+
+def _answering(*statuses: int) -> tuple[S3ObjectStore, list[dict[str, str]]]:
+    """A store whose S3 gives these answers to one write after another, and what it was sent."""
+    store, sent, answers = S3ObjectStore(new_client()), [], iter(statuses)
+
+    def answer(request: AWSRequest, **_: object) -> AWSResponse:
+        sent.append({name: request.headers[name] for name in request.headers})
+        return AWSResponse(request.url, next(answers), {}, SimpleNamespace(stream=lambda: [b""]))
+
+    store.client.meta.events.register("before-send.s3", answer)
+    return store, sent
+
+
+def test_who_wins_is_asked_again_where_s3_could_not_decide_it(s3: dict[str, str]) -> None:
+    assert _answering(409, 409, 200)[0].write_if_absent("s3://unfreeze/a", b"x")
+    assert not _answering(409, 412)[0].write_if_absent("s3://unfreeze/a", b"x")
+    with pytest.raises(ServiceError, match="decide"):
+        _answering(*[409] * 20)[0].write_if_absent("s3://unfreeze/a", b"x")
+
+
+def test_a_store_that_refuses_the_condition_itself_is_one_that_ignores_it(s3: dict[str, str]) -> None:
+    store, sent = _answering(501, 200, 501, 200)
+    assert not enforces_write_if_absent(store, "s3://unfreeze/a")
+    assert ["If-None-Match" in headers for headers in sent] == [True, False, True, False]

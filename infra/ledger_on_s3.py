@@ -1,0 +1,61 @@
+"""The ledger as objects `ledger/NAME/000001.json`: on a store that enforces conditional writes, the one write of an object is the commit.
+
+Crash order: nothing but that write happens, so an entry is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from infra.ledger import Content, Entry, Kept, conflict, encode, next_entry, trusted
+from infra.object_store import ObjectStore, join_uri
+
+READ_THREADS = 8
+
+
+def entry_uri(storage: str, model: str, number: int) -> str:
+    """Where the entry of this number lies."""
+    return join_uri(storage, "ledger", model, f"{number:06}.json")
+
+
+def numbers_on_s3(store: ObjectStore, storage: str, model: str) -> set[int]:
+    """The numbers that have an object, by listing alone."""
+    found = set()
+    for info in store.list(join_uri(storage, "ledger", model)):
+        name = info.uri.rpartition("/")[2].removesuffix(".json")
+        if name.isdecimal() and info.uri == entry_uri(storage, model, int(name)):
+            found.add(int(name))
+    return found
+
+
+def read_from_s3(store: ObjectStore, storage: str, model: str) -> dict[int, bytes]:
+    """Every object of the chain, by number."""
+    numbers = sorted(numbers_on_s3(store, storage, model))
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        return dict(zip(numbers, pool.map(lambda number: store.read(entry_uri(storage, model, number)), numbers), strict=True))
+
+
+class S3Ledger:
+    """Use it only where `enforces_write_if_absent` says so."""
+
+    def __init__(self, store: ObjectStore, storage: str) -> None:
+        self.store = store
+        self.storage = storage
+
+    def entries(self, model: str) -> list[Entry]:
+        return trusted(model, read_from_s3(self.store, self.storage, model))
+
+    def append(self, model: str, content: Content, expected_number: int) -> Entry:
+        before = None
+        with suppress(FileNotFoundError):
+            before = self.store.read(entry_uri(self.storage, model, expected_number - 1))
+        entry = next_entry(model, content, expected_number, before)
+        uri, data = entry_uri(self.storage, model, expected_number), encode(entry)
+        # where the answer to a write was lost, boto3 writes again and is refused by its own first write: the same bytes are ours
+        if not self.store.write_if_absent(uri, data) and (there := self.store.read(uri)) != data:
+            raise conflict(model, expected_number, there)
+        return entry
+
+    def kept(self, model: str) -> Kept:
+        return Kept(read_from_s3(self.store, self.storage, model))
