@@ -260,6 +260,7 @@ def _record_members(home: Path, service: ServiceName) -> None:
         stack = stack_file.read(home)
         if (server := stack.servers.get(service)) is not None:
             server.members = processes.family([server.leader])
+            server.vital = processes.named(server.members, services.VITAL.get(service, ()))
             stack_file.write(home, stack)
 
 

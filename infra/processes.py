@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -43,6 +43,11 @@ def is_alive(known: ProcessRecord) -> bool:
 def family(known: Iterable[ProcessRecord]) -> list[ProcessRecord]:
     """The living among `known`, their descendants, and what descendants of the dead are left in the sessions they led."""
     return [ProcessRecord(member.pid, member.create_time(), what) for member, what in _family(list(known)).items() if member.is_running()]
+
+
+def named(known: Iterable[ProcessRecord], names: Collection[str]) -> list[ProcessRecord]:
+    """Those of `known` that live and whose program has one of these names."""
+    return [one for one in known if (process := _living(one)) is not None and process.name() in names]
 
 
 def end(known: Iterable[ProcessRecord], grace_s: float) -> None:

@@ -155,6 +155,10 @@ def new_credentials() -> tuple[str, str]:
     return secrets.token_hex(10).upper(), secrets.token_urlsafe(30)
 
 
+VITAL: dict[ServiceName, tuple[str, ...]] = {"ray": ("raylet", "gcs_server")}
+"""Programs that a service's leader outlives in vain: Ray's raylet ends where one of its agents is killed, and `ray start` stays."""
+
+
 def is_healthy(service: ServiceName, site: Site) -> bool:
     """Whether the server answers, and answers what it should."""
     if service == "s3":

@@ -31,6 +31,9 @@ class Server(BaseModel):
 
     leader: ProcessRecord
     members: list[ProcessRecord] = Field(default_factory=list)
+    vital: list[ProcessRecord] = Field(
+        default_factory=list, description="Members without which it does not serve, though its leader lives on."
+    )
     scratch: Path
 
 
@@ -53,7 +56,7 @@ class StackFile(BaseModel):
 
     def runs(self, service: ServiceName) -> bool:
         server = self.servers.get(service)
-        return server is not None and processes.is_alive(server.leader)
+        return server is not None and all(map(processes.is_alive, [server.leader, *server.vital]))
 
 
 @contextmanager

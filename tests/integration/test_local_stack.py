@@ -141,6 +141,17 @@ def test_warm_workers_of_a_stack_that_stays_serve_one_command_after_another_but_
     assert not [pid for pid in others if psutil.pid_exists(pid)], "those that were not kept end with their command"
 
 
+def test_a_ray_whose_raylet_has_died_is_started_anew(home: Path) -> None:
+    local_stack.up()
+    first = stack_file.read(home).servers["ray"]
+    raylet = next(record for record in first.vital if psutil.Process(record.pid).name() == "raylet")
+    psutil.Process(raylet.pid).kill()
+    assert local_stack.status()["ray"]["state"] == "stopped"
+    with local_stack.session(["ray"], storage="s3://unfreeze"), ray_cluster.connect() as cluster:
+        assert cluster.cpus >= 1
+    assert stack_file.read(home).servers["ray"].leader != first.leader
+
+
 def test_mlflow_keeps_artifacts_on_the_embedded_s3(standing: dict[str, Any]) -> None:
     uri = standing["mlflow"]["uri"]
     request = urllib.request.Request(f"{uri}/api/2.0/mlflow-artifacts/artifacts/note.txt", data=b"kept", method="PUT")
