@@ -124,7 +124,8 @@ def _services(spec: Spec) -> Iterator[None]:
         with progress.step("Finding or starting the services"):
             stack = exits.enter_context(local_stack.session(SERVICES, storage=spec.storage))
         exits.callback(_send_logs)
-        exits.enter_context(ray_cluster.one_connection(partial(warm_up, claim=stack.claim)))
+        warming = partial(warm_up, claim=stack.claim) if stack.stays("ray") else warm_up
+        exits.enter_context(ray_cluster.one_connection(warming))
         exits.callback(_leave_warm, stack)
         yield
 
@@ -132,7 +133,7 @@ def _services(spec: Spec) -> Iterator[None]:
 def _leave_warm(stack: Stack) -> None:
     """On a stack that stays up, the next command finds warm workers."""
     with suppress(UnfreezeError):
-        if stack.stays:
+        if stack.stays("ray"):
             leave_warm(stack.claim)
 
 

@@ -32,11 +32,11 @@ class UserError(UnfreezeError, ValueError):
     exit_code = 2
 
 
-class LedgerConflict(UserError):  # noqa: N818
+class LedgerConflict(UserError):  # noqa: N818 - its name is what happened
     """Another promotion got there first: whoever decided against an older champion judges again."""
 
 
-class LedgerDamaged(UserError):  # noqa: N818
+class LedgerDamaged(UserError):  # noqa: N818 - its name is what happened
     """An entry of the ledger is altered, missing or out of order: nothing is decided by such a ledger."""
 
 

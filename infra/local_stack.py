@@ -64,17 +64,14 @@ class Stack:
         _record_members(self._home, service)
         self._healthy.add(service)
 
-    @property
-    def stays(self) -> bool:
-        """Whether it outlives this command."""
-        return stack_file.read(self._home).long_lived
+    def stays(self, service: ServiceName) -> bool:
+        """Whether the service is the stack's own, and outlives this command."""
+        return service in self._embedded and stack_file.read(self._home).long_lived
 
     def claim(self, names: Collection[str]) -> set[str]:
-        """Those of `names` that no other living command has, now this one's alone; none on a stack that ends with it."""
+        """Those of `names` that no other living command has, now this one's alone until it ends."""
         with stack_file.locked(self._home):
             stack = stack_file.read(self._home)
-            if not stack.long_lived:
-                return set()
             taken = {name for holder in stack.living_holders() if holder.token != self._holder.token for name in holder.claims}
             mine = set(names) - taken
             for holder in stack.holders:

@@ -8,6 +8,7 @@ they outlive the command that opened them, and the next one claims them: it find
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
@@ -117,7 +118,12 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def load(_after: object) -> None:
-    """Load torch, timm and our own modules, once the argument is there."""
+    """Load torch, timm and our own modules, once the argument is there; a lane that an earlier command left has them."""
+    _load_once()
+
+
+@functools.cache
+def _load_once() -> None:
     gc.disable()  # a third of the time would go into looking for garbage among what is being loaded
     import_timm()
     import torch
