@@ -79,10 +79,10 @@ def probabilities(right_N: Any, true_N: Any, classes: int, rng: np.random.Genera
 
 def simulate(world: World, judgements: int, seed: int, **rules: Any) -> dict[str, float]:
     """Shares of the judgements: promoted, refused by each rule, and with the lost class named in the reason."""
-    from ray_jobs.gate_spec import GateSpec
+    from ray_jobs.promotion_spec import PromotionSpec
     from tasks.gate import judge
 
-    rng, promotion = np.random.default_rng(seed), GateSpec(**rules)
+    rng, promotion = np.random.default_rng(seed), PromotionSpec(**rules)
     counts: dict[str, int] = {"promoted": 0, "named": 0, "refused and named": 0, "floors": 0}
     for _ in range(judgements):
         found = judge(draw(world, rng), promotion)
@@ -144,11 +144,11 @@ def harm_and_gain(judgements: int, seed: int, detail: dict[str, Any]) -> list[Fi
 
 def duration(seed: int) -> Figure:
     """One decision on 10,000 images of 100 classes, by the metric that takes longest."""
-    from ray_jobs.gate_spec import GateSpec
+    from ray_jobs.promotion_spec import PromotionSpec
     from tasks.gate import judge
 
     evidence = draw(World(10_000, BETTER, classes=100), np.random.default_rng(seed))
-    slowest_s = max(seconds(functools.partial(judge, evidence, GateSpec(metric=metric))) for metric in ("accuracy", *AVERAGES))
+    slowest_s = max(seconds(functools.partial(judge, evidence, PromotionSpec(metric=metric))) for metric in ("accuracy", *AVERAGES))
     return Figure("one decision, 10,000 images, 100 classes", slowest_s, " s", 2.0, higher=False)
 
 

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from infra.errors import UserError
+from ray_jobs.promotion_spec import PromotionSpec
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 Augmentation = Literal["none", "photo", "symbol", "aerial"]
@@ -229,14 +230,6 @@ class FitSpec(_Part):
     augmentation: Augmentation = Field(
         "photo", description="photo: crop, mirror, colour; symbol: never mirrors (text, signs); aerial: any turn and mirror; none."
     )
-
-
-class PromotionSpec(_Part):
-    """When the challenger replaces the champion."""
-
-    metric: Literal["accuracy", "balanced_accuracy", "macro_f1"] = Field("accuracy", description="Holdout metric to compare.")
-    min_gain: float = Field(0.0, ge=-1, le=1, description="The challenger must beat the champion by more than this, as a fraction of 1.")
-    approval: Literal["auto"] = Field("auto", description="auto promotes at once what passes.")
 
 
 class Spec(_Part):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from ray_jobs.gate_spec import GateSpec
+from ray_jobs.promotion_spec import PromotionSpec
 from tasks import gate_rules as rules
 from tasks.gate_evidence import Evidence, Facts, Scores, facts
 from tasks.gate_rules import Figure, RuleResult
@@ -32,7 +32,7 @@ class Judgement:
     rules: tuple[RuleResult, ...] = ()
 
 
-def judge(evidence: Evidence, promotion: GateSpec, *, seed: int = 0) -> Judgement:
+def judge(evidence: Evidence, promotion: PromotionSpec, *, seed: int = 0) -> Judgement:
     """Whether the challenger is to replace the champion: it is where no rule refuses.
 
     The answer depends on nothing but the arguments, and not on the order of images and classes. A first version is promoted
@@ -49,7 +49,7 @@ def judge(evidence: Evidence, promotion: GateSpec, *, seed: int = 0) -> Judgemen
     )
 
 
-def _results(found: Facts, promotion: GateSpec, seed: int) -> tuple[RuleResult, ...]:
+def _results(found: Facts, promotion: PromotionSpec, seed: int) -> tuple[RuleResult, ...]:
     enough = rules.size(found, promotion)
     if not found.images:
         return (enough,)  # of nothing there is nothing to say; not even a first version has shown that it works

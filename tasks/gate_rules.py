@@ -12,8 +12,8 @@ from typing import Literal, cast
 
 import numpy as np
 
-from ray_jobs.gate_spec import GateSpec
 from ray_jobs.metrics import ECE_BINS
+from ray_jobs.promotion_spec import PromotionSpec
 from tasks import paired_tests as tests
 from tasks.gate_evidence import Answers, Facts, Floats, Ints
 from tasks.paired_resampling import Metric, Pair, bootstrap, bounds
@@ -77,7 +77,7 @@ def numbers(facts: Facts) -> RuleResult:
     return RuleResult("numbers", "refused" if bad else "passed", words, (Figure("images without numbers", bad, images=facts.images),), 0.0)
 
 
-def size(facts: Facts, asked: GateSpec) -> RuleResult:
+def size(facts: Facts, asked: PromotionSpec) -> RuleResult:
     """Enough images to judge on at all; and what it would take to show the gain that one cares about."""
     images, gain = facts.images, min(1.0, asked.min_gain + asked.detectable_gain)
     figures = [Figure("images", images)]
@@ -91,7 +91,7 @@ def size(facts: Facts, asked: GateSpec) -> RuleResult:
     return RuleResult("size", "refused" if images < asked.min_images else "passed", words, tuple(figures), float(asked.min_images))
 
 
-def overlap(facts: Facts, asked: GateSpec) -> RuleResult:
+def overlap(facts: Facts, asked: PromotionSpec) -> RuleResult:
     """Images that a model has seen in training are gone; where they were many, the rest is no fair sample."""
     before = facts.images + facts.removed
     share = facts.removed / before if before else 0.0
@@ -102,7 +102,7 @@ def overlap(facts: Facts, asked: GateSpec) -> RuleResult:
     return RuleResult("overlap", outcome, words, (Figure("removed share", share, images=before),), asked.max_overlap)
 
 
-def compare(facts: Facts, other: Answers, asked: GateSpec, confidence: float, seed: int) -> Comparison:
+def compare(facts: Facts, other: Answers, asked: PromotionSpec, confidence: float, seed: int) -> Comparison:
     """The metric of the spec: accuracy by exact test and score interval, the others by swaps and bootstrap."""
     mine = facts.challenger
     if asked.metric == "accuracy":
@@ -120,7 +120,7 @@ def compare(facts: Facts, other: Answers, asked: GateSpec, confidence: float, se
     return Comparison(Figure(asked.metric, gain, low, high, *scores, facts.images), more, less)
 
 
-def gain(facts: Facts, asked: GateSpec, seed: int) -> RuleResult:
+def gain(facts: Facts, asked: PromotionSpec, seed: int) -> RuleResult:
     """The challenger is better than the champion by more than asked for, and luck does not explain it.
 
     Two things must hold: the lower bound is above min_gain, and, where a gain is asked for, so many wins are rare between
@@ -141,14 +141,14 @@ def gain(facts: Facts, asked: GateSpec, seed: int) -> RuleResult:
     return RuleResult("gain", outcome, words, (figure,), asked.min_gain, asked.confidence)
 
 
-def classes(facts: Facts, asked: GateSpec) -> RuleResult:
+def classes(facts: Facts, asked: PromotionSpec) -> RuleResult:
     """No class loses more recall than the floor."""
     if facts.champion is None:
         return _skipped("classes", "there is no champion to compare with")
     return _floor("classes", "class", facts, facts.true_N, facts.classes, asked)
 
 
-def slices(facts: Facts, asked: GateSpec) -> RuleResult:
+def slices(facts: Facts, asked: PromotionSpec) -> RuleResult:
     """No value of a manifest column loses more accuracy than the floor. A column that the evidence lacks refuses."""
     if facts.champion is None:
         return _skipped("slices", "there is no champion to compare with")
@@ -166,7 +166,7 @@ def slices(facts: Facts, asked: GateSpec) -> RuleResult:
     return _floor("slices", "slice", facts, np.stack(codes), names, asked)
 
 
-def _floor(rule: str, noun: str, facts: Facts, group_N: Ints, names: Sequence[str], asked: GateSpec) -> RuleResult:
+def _floor(rule: str, noun: str, facts: Facts, group_N: Ints, names: Sequence[str], asked: PromotionSpec) -> RuleResult:
     """Wins and losses of each group of images (`group_N`, or several columns of it), tested all together."""
     assert facts.champion is not None
     mine_N, theirs_N = (np.broadcast_to(model.right_N, group_N.shape).ravel() for model in (facts.challenger, facts.champion))
@@ -191,7 +191,7 @@ def _floor(rule: str, noun: str, facts: Facts, group_N: Ints, names: Sequence[st
     return RuleResult(rule, _worst(figures), _floor_words(noun, figures, asked), figures, asked.class_floor, 1 - error)
 
 
-def _floor_words(noun: str, figures: Sequence[Figure], asked: GateSpec) -> str:
+def _floor_words(noun: str, figures: Sequence[Figure], asked: PromotionSpec) -> str:
     by_loss = sorted((figure for figure in figures if figure.images), key=lambda figure: (figure.value, figure.what))
     for outcome, more in (("refused", ""), ("warned", f", as one of {len(by_loss)} may by chance")):
         over = [figure for figure in by_loss if figure.outcome == outcome]
@@ -203,7 +203,7 @@ def _floor_words(noun: str, figures: Sequence[Figure], asked: GateSpec) -> str:
     return f"no {noun} lost more than {_points(asked.class_floor)} beyond its noise; the lowest: {least}"
 
 
-def calibration(facts: Facts, asked: GateSpec, seed: int) -> RuleResult:
+def calibration(facts: Facts, asked: PromotionSpec, seed: int) -> RuleResult:
     """Neither the calibration error nor the log loss rises by more than its limit."""
     if facts.champion is None:
         return _skipped("calibration", "there is no champion to compare with")
@@ -247,7 +247,7 @@ def _calibration_words(figure: Figure, limit: float) -> str:
     return f"{figure.what.replace('_', ' ')} {figure.challenger:.4f} against {figure.other:.4f}{over}"
 
 
-def probe(facts: Facts, asked: GateSpec, seed: int) -> RuleResult:
+def probe(facts: Facts, asked: PromotionSpec, seed: int) -> RuleResult:
     """Fine-tuning has not made the backbone worse than a linear layer on top of it as it came (negative transfer)."""
     if asked.probe == "off":
         return _skipped("probe", "promotion.probe is off")

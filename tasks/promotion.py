@@ -10,7 +10,8 @@ from infra import registry
 from infra.committed_folder import read_manifest
 from infra.errors import UserError
 from infra.object_store import object_store
-from ray_jobs.spec import PromotionSpec, Spec
+from ray_jobs.promotion_spec import PromotionSpec
+from ray_jobs.spec import Spec
 from tasks.policies import effect
 
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ray_jobs.evaluate import aligned
-from ray_jobs.gate_spec import GateSpec
 from ray_jobs.metrics import measure
+from ray_jobs.promotion_spec import PromotionSpec
 from tasks.gate import Evidence, Judgement, RuleResult, Scores, judge, plain_judgement
 
 METRICS = ["accuracy", "balanced_accuracy", "macro_f1"]
-ANSWERS_ONLY = GateSpec(ece_floor=1.0, log_loss_floor=35.0)
+ANSWERS_ONLY = PromotionSpec(ece_floor=1.0, log_loss_floor=35.0)
 Bools = npt.NDArray[np.bool_]
 
 
@@ -55,10 +55,10 @@ def refused(judgement: Judgement) -> list[str]:
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_clear_gain_is_promoted_and_a_clear_loss_is_not(metric: Any) -> None:
-    better = judge(counted(65, 35), GateSpec(metric=metric))
+    better = judge(counted(65, 35), PromotionSpec(metric=metric))
     assert (better.status, refused(better)) == ("promoted", [])
     assert f"{metric} 0.83" in better.reason
-    worse = judge(counted(35, 65), GateSpec(metric=metric))
+    worse = judge(counted(35, 65), PromotionSpec(metric=metric))
     assert worse.status == "kept"
     assert "gain" in refused(worse)
 
@@ -66,26 +66,26 @@ def test_a_clear_gain_is_promoted_and_a_clear_loss_is_not(metric: Any) -> None:
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_tie_keeps_the_champion(metric: Any) -> None:
     for evidence in (counted(0, 0), counted(50, 50)):
-        assert refused(judge(evidence, GateSpec(metric=metric))) == ["gain"]
+        assert refused(judge(evidence, PromotionSpec(metric=metric))) == ["gain"]
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_few_wins_without_a_loss_prove_nothing_however_the_bootstrap_looks(metric: Any) -> None:
-    assert judge(counted(4, 0), GateSpec(metric=metric)).status == "kept"
-    assert judge(counted(5, 0), GateSpec()).status == "promoted"
+    assert judge(counted(4, 0), PromotionSpec(metric=metric)).status == "kept"
+    assert judge(counted(5, 0), PromotionSpec()).status == "promoted"
 
 
 def test_the_gain_must_be_more_than_asked_for_beyond_doubt() -> None:
-    assert judge(counted(65, 35), GateSpec(min_gain=0.01)).status == "promoted"
-    assert judge(counted(65, 35), GateSpec(min_gain=0.02)).status == "kept"
-    assert judge(counted(40, 45), GateSpec(min_gain=-0.03)).status == "promoted"
+    assert judge(counted(65, 35), PromotionSpec(min_gain=0.01)).status == "promoted"
+    assert judge(counted(65, 35), PromotionSpec(min_gain=0.02)).status == "kept"
+    assert judge(counted(40, 45), PromotionSpec(min_gain=-0.03)).status == "promoted"
 
 
 def test_the_figures_are_those_of_the_evaluation() -> None:
     evidence = counted(65, 35)
     assert evidence.champion is not None
     for metric in METRICS:
-        found = judge(evidence, GateSpec(metric=metric))
+        found = judge(evidence, PromotionSpec(metric=metric))
         mine, theirs = (measure(s.probabilities_NK, evidence.true_N, evidence.classes) for s in (evidence.challenger, evidence.champion))
         assert (found.challenger, found.champion) == (pytest.approx(mine[metric]), pytest.approx(theirs[metric]))
         for figure in rule(found, "calibration").figures:
@@ -111,29 +111,29 @@ def broken_class(lost: int, gained: int, won_back: int = 0) -> Evidence:
 
 @pytest.mark.parametrize("won_back", [0, 5, 13])
 def test_a_class_that_breaks_is_named_though_the_average_gains(won_back: int) -> None:
-    found = judge(broken_class(15 + won_back, 45, won_back), GateSpec())
+    found = judge(broken_class(15 + won_back, 45, won_back), PromotionSpec())
     assert refused(found) == ["classes"]
     assert "'class 3' lost 15 points of 100 images" in found.reason
     assert [figure.what for figure in rule(found, "classes").figures if figure.outcome == "refused"] == ["class 3"]
 
 
 def test_a_small_or_an_unsure_loss_in_a_class_is_let_through() -> None:
-    assert judge(broken_class(5, 45), GateSpec()).status == "promoted"
-    unsure = judge(broken_class(20, 45, 12), GateSpec())
+    assert judge(broken_class(5, 45), PromotionSpec()).status == "promoted"
+    unsure = judge(broken_class(20, 45, 12), PromotionSpec())
     assert (unsure.status, rule(unsure, "classes").outcome) == ("promoted", "warned")
     assert "class 3" in unsure.reason
-    assert judge(broken_class(60, 100), GateSpec(class_floor=1)).status == "promoted"
+    assert judge(broken_class(60, 100), PromotionSpec(class_floor=1)).status == "promoted"
 
 
 def test_a_slice_that_breaks_is_named_and_only_where_it_was_asked_for() -> None:
     evidence = broken_class(20, 45)
     camera = np.where(evidence.true_N == 3, "old", "new")
     sliced = replace(evidence, slices={"camera": camera, "site": np.arange(1000)})
-    only_slices = GateSpec(slices=("camera",), class_floor=0.1)
+    only_slices = PromotionSpec(slices=("camera",), class_floor=0.1)
     found = judge(sliced, only_slices)
     assert "slices" in refused(found)
     assert "'camera = old' lost 20 points" in rule(found, "slices").words
-    assert rule(judge(sliced, GateSpec()), "slices").outcome == "skipped"
+    assert rule(judge(sliced, PromotionSpec()), "slices").outcome == "skipped"
     assert "no column 'camera'" in judge(evidence, only_slices).reason
 
 
@@ -141,11 +141,11 @@ def test_a_model_that_becomes_too_sure_of_itself_is_refused() -> None:
     evidence = counted(65, 35)
     right_N = evidence.challenger.probabilities_NK.argmax(1) == evidence.true_N
     sure = replace(evidence, challenger=scores(right_N, evidence.true_N, 10, sure=0.9999))
-    found = judge(sure, GateSpec())
+    found = judge(sure, PromotionSpec())
     assert refused(found) == ["calibration"]
     assert "a rise of more than 0.05" in found.reason
     assert judge(sure, ANSWERS_ONLY).status == "promoted"
-    assert "log loss" in judge(sure, GateSpec(ece_floor=1)).reason
+    assert "log loss" in judge(sure, PromotionSpec(ece_floor=1)).reason
 
 
 def with_probe(wins: int, losses: int, champion: bool = True) -> Evidence:
@@ -159,19 +159,19 @@ def with_probe(wins: int, losses: int, champion: bool = True) -> Evidence:
 
 
 def test_a_challenger_that_loses_to_its_own_probe_is_refused_and_told_why() -> None:
-    found = judge(with_probe(30, 60), GateSpec())
+    found = judge(with_probe(30, 60), PromotionSpec())
     assert refused(found) == ["probe"]
     assert "negative transfer" in found.reason
-    warned = judge(with_probe(30, 60), GateSpec(probe="warn"))
+    warned = judge(with_probe(30, 60), PromotionSpec(probe="warn"))
     assert (warned.status, rule(warned, "probe").outcome) == ("promoted", "warned")
     assert "negative transfer" in warned.reason
-    assert rule(judge(with_probe(30, 60), GateSpec(probe="off")), "probe").outcome == "skipped"
-    assert judge(with_probe(50, 52), GateSpec()).status == "promoted"
+    assert rule(judge(with_probe(30, 60), PromotionSpec(probe="off")), "probe").outcome == "skipped"
+    assert judge(with_probe(50, 52), PromotionSpec()).status == "promoted"
 
 
 def test_too_much_overlap_refuses_the_judgement() -> None:
-    assert judge(counted(65, 35, removed=250), GateSpec()).status == "promoted"
-    found = judge(counted(65, 35, removed=260), GateSpec())
+    assert judge(counted(65, 35, removed=250), PromotionSpec()).status == "promoted"
+    found = judge(counted(65, 35, removed=260), PromotionSpec())
     assert refused(found) == ["overlap"]
     assert "260 of 1260 holdout images" in found.reason
 
@@ -180,10 +180,10 @@ def test_too_much_overlap_refuses_the_judgement() -> None:
 
 
 def test_a_holdout_of_20_images_is_judged_and_says_how_many_it_would_take() -> None:
-    found = judge(counted(3, 2, images=20), GateSpec())
+    found = judge(counted(3, 2, images=20), PromotionSpec())
     assert refused(found) == ["gain"]
     assert "images would in 80%" in rule(found, "size").words
-    small = judge(counted(19, 0, images=19, classes=1), GateSpec())
+    small = judge(counted(19, 0, images=19, classes=1), PromotionSpec())
     assert "size" in refused(small)
     assert "19 images to judge on, and 20 are the least" in small.reason
 
@@ -191,7 +191,7 @@ def test_a_holdout_of_20_images_is_judged_and_says_how_many_it_would_take() -> N
 def test_no_image_at_all_promotes_nothing() -> None:
     nothing = Evidence(["a", "b"], np.zeros(0, np.int64), Scores(np.zeros((0, 2))), Scores(np.zeros((0, 2))))
     for evidence in (nothing, replace(nothing, champion=None)):
-        found = judge(evidence, GateSpec())
+        found = judge(evidence, PromotionSpec())
         assert (found.status, found.challenger) == ("kept", None)
         assert "no images" in found.reason
 
@@ -201,7 +201,7 @@ def test_one_answer_that_is_no_number_refuses_even_a_first_version(bad: float) -
     evidence = counted(65, 35)
     evidence.challenger.probabilities_NK[7, 2] = bad
     for case in (evidence, replace(evidence, champion=None)):
-        found = judge(case, GateSpec())
+        found = judge(case, PromotionSpec())
         assert refused(found) == ["numbers"]
         assert "1 of 1000 images" in found.reason
 
@@ -209,7 +209,7 @@ def test_one_answer_that_is_no_number_refuses_even_a_first_version(bad: float) -
 def test_a_champion_of_nan_is_beaten_and_a_probe_of_nan_hurts_nobody() -> None:
     evidence = counted(65, 35)
     nan = Scores(np.full((1000, 10), math.nan))
-    found = judge(replace(evidence, champion=nan, probe=nan), GateSpec())
+    found = judge(replace(evidence, champion=nan, probe=nan), PromotionSpec())
     assert (found.status, found.champion) == ("promoted", 0.0)
 
 
@@ -218,15 +218,15 @@ def test_an_empty_class_has_no_figure_that_counts() -> None:
     assert evidence.champion is not None
     wider = [Scores(np.hstack([s.probabilities_NK, np.zeros((1000, 1))])) for s in (evidence.challenger, evidence.champion)]
     for metric in METRICS:
-        found = judge(Evidence([*evidence.classes, "empty"], evidence.true_N, *wider), GateSpec(metric=metric))
+        found = judge(Evidence([*evidence.classes, "empty"], evidence.true_N, *wider), PromotionSpec(metric=metric))
         assert found.status == "promoted"
         last = next(figure for figure in rule(found, "classes").figures if figure.what == "empty")
         assert (last.images, last.outcome) == (0, "skipped")
 
 
 def test_the_first_version_is_promoted_and_what_speaks_against_it_is_a_warning() -> None:
-    assert judge(with_probe(60, 30, champion=False), GateSpec()).reason == "the first version of this model"
-    found = judge(replace(with_probe(30, 60, champion=False), removed=900), GateSpec())
+    assert judge(with_probe(60, 30, champion=False), PromotionSpec()).reason == "the first version of this model"
+    found = judge(replace(with_probe(30, 60, champion=False), removed=900), PromotionSpec())
     assert found.status == "promoted"
     assert found.champion is None
     assert {r.name for r in found.rules if r.outcome == "warned"} == {"probe", "overlap"}
@@ -235,7 +235,7 @@ def test_the_first_version_is_promoted_and_what_speaks_against_it_is_a_warning()
 
 
 def test_the_very_champion_is_kept_whatever_is_asked() -> None:
-    found = judge(counted(65, 35, is_champion=True), GateSpec(min_gain=-1))
+    found = judge(counted(65, 35, is_champion=True), PromotionSpec(min_gain=-1))
     assert (found.status, found.reason) == ("kept", "this very model already is the champion")
 
 
@@ -244,14 +244,14 @@ def test_a_class_that_the_champion_does_not_know_counts_as_wrong_for_it() -> Non
     assert evidence.champion is not None
     known = ["class 0", "class 1", *(f"old {k}" for k in range(8))]
     old = Scores(*aligned(evidence.champion.probabilities_NK, known, evidence.classes))
-    found = judge(replace(evidence, champion=old), GateSpec())
+    found = judge(replace(evidence, champion=old), PromotionSpec())
     assert found.status == "promoted"
     assert found.champion == pytest.approx(0.16)
 
 
 def test_a_judgement_is_plain_values_that_json_can_hold() -> None:
     for evidence in (counted(65, 35), broken_class(15, 45), with_probe(3, 4, champion=False), counted(1, 0, is_champion=True)):
-        plain = plain_judgement(judge(evidence, GateSpec(metric="macro_f1")))
+        plain = plain_judgement(judge(evidence, PromotionSpec(metric="macro_f1")))
         assert json.loads(json.dumps(plain, allow_nan=False)) == json.loads(json.dumps(plain))
         assert all(isinstance(row["passed"], bool) and row["words"] for row in plain["rules"])
 
@@ -262,7 +262,7 @@ def test_a_judgement_is_plain_values_that_json_can_hold() -> None:
 @pytest.mark.parametrize("wrong", [{"confidence": 1}, {"slices": ["a", "a"]}, {"slices": [""]}, {"probe": "maybe"}, {"class_flor": 0.1}])
 def test_a_wrong_setting_is_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
-        GateSpec.model_validate(wrong)
+        PromotionSpec.model_validate(wrong)
 
 
 # --- the laws
@@ -302,14 +302,14 @@ def reordered(given: Evidence, images: npt.NDArray[np.int64], classes: npt.NDArr
 def test_the_order_of_images_and_classes_changes_nothing(given: Evidence, metric: Any, random: Any) -> None:
     rng = np.random.default_rng(random.getrandbits(32))
     other = reordered(given, rng.permutation(len(given.true_N)), rng.permutation(len(given.classes)))
-    asked = GateSpec(metric=metric, slices=("site",), min_images=5)
+    asked = PromotionSpec(metric=metric, slices=("site",), min_images=5)
     assert judge(other, asked, seed=3) == judge(given, asked, seed=3)
 
 
 @settings(deadline=None, max_examples=20)
 @given(evidence(), st.sampled_from(METRICS), st.integers(0, 2**32 - 1))
 def test_one_seed_gives_one_judgement(given: Evidence, metric: Any, seed: int) -> None:
-    asked = GateSpec(metric=metric)
+    asked = PromotionSpec(metric=metric)
     assert judge(given, asked, seed=seed) == judge(given, asked, seed=seed)
 
 
@@ -328,7 +328,7 @@ def test_a_challenger_that_answers_more_images_rightly_never_gets_a_worse_verdic
 @settings(deadline=None, max_examples=30)
 @given(evidence(), st.sampled_from(METRICS))
 def test_it_is_promoted_exactly_where_no_rule_refuses_and_every_refusal_is_in_the_reason(given: Evidence, metric: Any) -> None:
-    found = judge(given, GateSpec(metric=metric))
+    found = judge(given, PromotionSpec(metric=metric))
     assert (found.status == "kept") == bool(refused(found))
     assert all(result.words in found.reason for result in found.rules if not result.passed)
 
@@ -341,5 +341,5 @@ def test_equal_models_are_seldom_promoted(images: int, judgements: int) -> None:
     for _ in range(judgements):
         true_N = rng.integers(0, 5, images)
         models = [scores(rng.random(images) < 0.8, true_N, 5) for _ in range(2)]
-        promoted += judge(Evidence(list("abcde"), true_N, *models), GateSpec()).status == "promoted"
+        promoted += judge(Evidence(list("abcde"), true_N, *models), PromotionSpec()).status == "promoted"
     assert promoted < 19

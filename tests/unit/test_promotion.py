@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_jobs.spec import PromotionSpec
+from ray_jobs.promotion_spec import PromotionSpec
 from tasks.promotion import decide
 
 share = st.floats(0, 1)

@@ -1,17 +1,21 @@
-"""What can be set of the statistical gate. These keys join `promotion` in the spec once the flows judge by the gate."""
+"""The part `promotion` of the spec: when a challenger replaces the champion, how sure that must be, and who has to agree."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ray_jobs.spec import PromotionSpec
+Metric = Literal["accuracy", "balanced_accuracy", "macro_f1"]
 
 
-class GateSpec(PromotionSpec):
-    """When the challenger replaces the champion, and how sure that must be."""
+class PromotionSpec(BaseModel):
+    """When the challenger replaces the champion."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    metric: Metric = Field("accuracy", description="Holdout metric to compare.")
+    min_gain: float = Field(0.0, ge=-1, le=1, description="The challenger must beat the champion by more than this, as a fraction of 1.")
     confidence: float = Field(
         0.95, ge=0.5, lt=1, description="How sure the gain must be: equal models are promoted in at most 1 - confidence of the cases."
     )
@@ -41,6 +45,14 @@ class GateSpec(PromotionSpec):
         0.03, gt=0, le=1, description="Gain beyond min_gain for which the decision says how many images it takes to show it."
     )
     power: float = Field(0.8, ge=0.5, lt=1, description="How often such a gain should be shown, for that number of images.")
+    approval: Literal["auto", "manual"] = Field(
+        "auto", description="auto promotes at once what passes; manual asks a person, on Prefect's page or by `unfreeze promote --approve`."
+    )
+    approver_differs: bool = Field(False, description="Whoever asked for a promotion may not approve it too.")
+    approval_hours: float = Field(168.0, gt=0, le=24 * 366, description="After so many hours an unanswered request expires.")
+    webhook: str | None = Field(
+        None, pattern=r"^https?://[^\s/@]+(/\S*)?$", description="URL that gets each decision as JSON, signed with UNFREEZE_WEBHOOK_SECRET."
+    )
 
     @field_validator("slices")
     @classmethod
