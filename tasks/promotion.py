@@ -1,96 +1,154 @@
-"""The decision whether the challenger becomes champion (pure), and the steps that ask for and move the champion alias."""
+"""The steps that carry a verdict out: an entry in the ledger, which is the commit, or a request for approval; then the alias follows.
+
+Crash order: published folder, evidence, ledger entry, alias. A command that was killed in between finds its own entry again by the
+question that it answers; an alias that is behind is put right by whichever command comes next.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from datetime import UTC, datetime
+from typing import Any
 
-from infra import registry
-from infra.committed_folder import read_manifest
+from infra import progress, registry
+from infra.committed_folder import verify
 from infra.errors import UserError
+from infra.ledger import Content, Entry, former_champions, promotion_of, serving_since
 from infra.object_store import object_store
-from ray_jobs.promotion_spec import PromotionSpec
 from ray_jobs.spec import Spec
+from tasks import approval
+from tasks.champion import describe
+from tasks.ledger_book import ARTIFACT, Book, append, follow, open_book, plain_entry, tell
+from tasks.lineage import manifest_digest, weights_digest
 from tasks.policies import effect
 
 
-@dataclass(frozen=True)
-class Decision:
-    """Promote or keep, with the figures that decided."""
-
-    status: Literal["promoted", "kept"]
-    reason: str
-    metric: str
-    challenger: float | None
-    champion: float | None
-    min_gain: float
+def now() -> str:
+    """This moment, as the ledger writes it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def decide(promotion: PromotionSpec, challenger: dict[str, Any], champion: dict[str, Any] | None, *, is_champion: bool = False) -> Decision:
-    """Judge the challenger's holdout metrics against the champion's.
+@effect(name="promote", timeout_s=600)
+def settle(spec: Spec, verdict: dict[str, Any]) -> dict[str, Any] | None:
+    """Commit a verdict; None where another version serves by now, so that the challenger must be judged again.
 
-    The first version is promoted; a later one where it beats the champion by more than `min_gain`. A metric that is
-    missing or NaN promotes nothing. `is_champion`: the challenger is the very model that serves.
+    Returns its "status", the "entry" in the ledger or the "request" for approval (each None where there is none), and who is "serving".
     """
-    metric, min_gain = promotion.metric, promotion.min_gain
-    mine, theirs = _finite(challenger.get(metric)), _finite(champion.get(metric)) if champion else None
-
-    def answer(status: Literal["promoted", "kept"], reason: str) -> Decision:
-        return Decision(status, reason, metric, mine, theirs, min_gain)
-
-    if is_champion:
-        return answer("kept", "this very model already is the champion")
-    if mine is None:
-        return answer("kept", f"the challenger's {metric} is not a number")
-    if champion is None:
-        return answer("promoted", "the first version of this model")
-    if theirs is None:
-        return answer("promoted", f"the champion's {metric} is not a number on this holdout")
-    gain = mine - theirs
-    words = f"{metric} {mine:.4f} against the champion's {theirs:.4f} ({gain:+.4f}; more than {min_gain:+.4f} is asked for)"
-    return answer("promoted" if gain > min_gain else "kept", words)
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+    book, asked = open_book(spec.name, spec.storage), verdict["asked"]
+    entry, request = book.settled(asked["request"]), None
+    registry.set_alias(spec.name, registry.CHALLENGER, verdict["version"])
+    if entry is None and not verdict["is_champion"]:
+        if follow(book)[0] != verdict["champion_version"]:
+            progress.say(f"Another version of {spec.name} became champion meanwhile: judging again.")
+            return None
+        if verdict["status"] == "awaiting_approval":
+            request = approval.ask(book, spec, verdict)
+        elif (entry := append(book, _content(verdict))) is None:
+            progress.say(f"Another version of {spec.name} became champion meanwhile: judging again.")
+            return None
+    status = _status_of(entry) if entry else verdict["status"]
+    serving, _ = follow(book := book.read_again())
+    if verdict["is_champion"]:
+        entry = serving_since(book.entries)
+    return {"status": status, "entry": plain_entry(entry) if entry else None, "request": request, "serving": serving}
 
 
-def plain_decision(decision: Decision) -> dict[str, Any]:
-    """The decision as plain values."""
-    return asdict(decision)
+def _status_of(entry: Entry) -> str:
+    return "promoted" if entry.verdict == "promoted" else "kept"
 
 
-@effect(name="find champion", timeout_s=300)
-def find_champion(spec: Spec) -> dict[str, Any] | None:
-    """The version that serves now and the URI of its model folder, or None."""
-    found = registry.champion(spec.name)
-    if found is None:
-        return None
-    uri = found.tags.get("unfreeze.artifact_uri", "")
-    if not uri or read_manifest(object_store(), uri) is None:
+def _content(verdict: dict[str, Any]) -> Content:
+    asked, judgement = verdict["asked"], verdict["judgement"]
+    return Content(
+        at=now(), by=asked["by"], verdict=judgement["status"], from_version=verdict["champion_version"], to_version=verdict["version"],
+        reason=words(asked["reason"], judgement["reason"]), evidence_uri=verdict["evidence_uri"], digests=verdict["digests"],
+    )  # fmt: skip
+
+
+def words(given: str, found: str) -> str:
+    """A reason that a person gave, before what was found."""
+    return f"{given}: {found}" if given else found
+
+
+def check_published(uri: str, what: str) -> None:
+    """Nothing unverified serves. Raises UserError naming each object that is not as it was published."""
+    problems = verify(object_store(), uri)
+    if problems:
+        listed = ", ".join(f"{problem.key} is {problem.what}" for problem in problems[:5])
         raise UserError(
-            f"The champion, version {found.version} of {spec.name}, has no published model folder ({uri or 'no tag names it'}).",
-            "It cannot be judged against: publish it again, or move the alias `champion` to another version.",
+            f"{what} cannot serve: what lies at {uri} is not what was published ({listed}).",
+            f"`unfreeze verify {uri}` lists all of it; publish it again by the `unfreeze retrain` that made it, or name another version.",
         )
-    return {"version": found.version, "artifact_uri": uri, "identity": found.tags.get("unfreeze.identity")}
 
 
-@effect(name="promote", timeout_s=300)
-def promote(spec: Spec, version: str, decision: dict[str, Any], believed_champion: str | None) -> str | None:
-    """Let the alias challenger name the new version, and champion too where it was promoted; the version that serves.
+def answer_request(name: str, request_id: str, *, approve: bool, by: str, reason: str) -> dict[str, Any]:
+    """Promote what was asked for, or reject it; the entry. Raises UserError where the request is closed, or its model cannot serve."""
+    book = open_book(name)
+    tell(follow(book)[1])
+    while True:
+        request = approval.read(book, request_id)
+        approval.check_answer(book, request, approve=approve, by=by)
+        if approve:
+            _check_request(request, name)
+        entry = append(book, approval.answered(request, approve=approve, by=by, reason=reason, at=now()))
+        book = book.read_again()
+        if entry is not None:
+            follow(book)
+            return plain_entry(entry)
 
-    Raises UserError where another champion came in between: the decision was made against one that no longer serves.
-    """
-    current = registry.champion(spec.name)
-    current_version = current.version if current else None
-    registry.set_alias(spec.name, registry.CHALLENGER, version)
-    if decision["status"] != "promoted" or current_version == version:
-        return current_version
-    if current_version != believed_champion:
+
+def _check_request(request: dict[str, Any], name: str) -> None:
+    """What is promoted is what was judged: weights and evidence are unchanged."""
+    version = registry.get(name, request["version"])
+    if version is None:
+        raise UserError(f"Version {request['version']} of {name} was deleted from MLflow.", "Retrain, or promote another version.")
+    uri, what = version.tags.get(ARTIFACT, ""), f"Version {request['version']} of {name}"
+    check_published(uri, what)
+    store = object_store()
+    same = {
+        "weights": weights_digest(store, uri) == request["digests"]["weights"],
+        "evidence": not verify(store, request["evidence_uri"])
+        and manifest_digest(store, request["evidence_uri"]) == request["digests"]["evidence"],
+    }
+    altered = [name for name, is_same in same.items() if not is_same]
+    if altered:
         raise UserError(
-            f"Version {current_version} of {spec.name} became champion while version {version} was judged against {believed_champion}.",
-            "Run the same command again: it judges against the new champion, and computes nothing twice.",
+            f"{what} cannot serve: its {' and '.join(altered)} changed after it was judged.",
+            f"`unfreeze promote {name} --version {request['version']}` judges it anew.",
         )
-    registry.set_alias(spec.name, registry.CHAMPION, version)
-    return version
+
+
+def roll_back(name: str, to: str | None, reason: str, by: str) -> dict[str, Any]:
+    """Put a former champion back, by default the last one; the entry. Raises UserError where it cannot serve."""
+    book = open_book(name)
+    serving, notes = follow(book)
+    tell(notes)
+    version = _chosen(book, serving, to)
+    found = describe(book, version)
+    check_published(found["artifact_uri"], f"Version {version} of {name}")
+    before = promotion_of(book.entries, version)
+    content = Content(
+        at=now(), by=by, verdict="rolled_back", from_version=serving, to_version=version, reason=reason,
+        evidence_uri=before.evidence_uri if before else "", digests=before.digests | {"request": ""} if before else {},
+    )  # fmt: skip
+    entry = append(book, content)
+    if entry is None:
+        raise UserError(
+            f"Another version of {name} became champion meanwhile: nothing was rolled back.",
+            f"`unfreeze history {name}` shows it; run the same command again if it still is what you want.",
+        )
+    follow(book.read_again())
+    return plain_entry(entry)
+
+
+def _chosen(book: Book, serving: str | None, to: str | None) -> str:
+    former = former_champions(book.entries)
+    listed = f"Former champions: {', '.join(former)}." if former else "There is none to put back yet."
+    if to is not None and to == serving:
+        raise UserError(f"Version {to} of {book.model} serves already.", listed)
+    if to is not None and to not in former:
+        raise UserError(
+            f"Version {to} of {book.model} was never champion.", f"{listed} `unfreeze promote {book.model} --version {to}` judges it."
+        )
+    if not former:
+        raise UserError(f"{book.model} has no former champion to put back.", f"`unfreeze history {book.model}` shows who has served.")
+    return to or former[0]

@@ -10,37 +10,58 @@ from typing import Any
 from infra import progress, registry, settings
 from infra.committed_folder import commit, fetch, read_manifest, verify
 from infra.errors import ServiceError
-from infra.object_store import join_uri, object_store
+from infra.object_store import ObjectStore, join_uri, object_store
 from ray_jobs.spec import Spec, digest_of
 from tasks.backbones import digests
+from tasks.lineage import LINEAGE
 from tasks.policies import effect
 
 MODEL_FILES = ("model.safetensors", "config.json", "labels.json", "preprocessing.json")
 
 
 @effect(name="publish", timeout_s=3600)
-def publish(spec: Spec, model: dict[str, Any], fit: dict[str, Any], evaluation: dict[str, Any], report: str) -> dict[str, Any]:
-    """Put the version's files on S3, MANIFEST.json last, and read every object back. `report` is the HTML text."""
+def publish(
+    spec: Spec,
+    model: dict[str, Any],
+    fit: dict[str, Any],
+    evaluation: dict[str, Any],
+    lineage: dict[str, Any],
+    report: str,
+    *,
+    serves: bool,
+) -> dict[str, Any]:
+    """Put the version's files on S3, MANIFEST.json last, and read every object back. `report` is the HTML text.
+
+    The folder of a version that `serves` is left as it is, unless it is damaged: it must never look unfinished, not even for a moment.
+    """
     started = time.monotonic()
     store, uri = object_store(), model["artifact_uri"]
     with progress.step("Publishing to S3") as on_progress:
-        folder = fetch(store, fit["model_uri"], settings.cache_dir() / "models")
-        files: dict[str, Path | bytes] = {name: folder / name for name in MODEL_FILES}
-        files["evaluation.json"] = json.dumps(evaluation["evaluation"], indent=1).encode()
-        files["report.html"] = report.encode("utf-8", "replace")
-        committed = commit(store, uri, files, on_progress=on_progress)
+        transferred = 0
+        if not (serves and _is_sound(store, uri)):
+            folder = fetch(store, fit["model_uri"], settings.cache_dir() / "models")
+            files: dict[str, Path | bytes] = {name: folder / name for name in MODEL_FILES}
+            files["evaluation.json"] = json.dumps(evaluation["evaluation"], indent=1).encode()
+            files[LINEAGE] = json.dumps(lineage, indent=1).encode()
+            files["report.html"] = report.encode("utf-8", "replace")
+            transferred = commit(store, uri, files, on_progress=on_progress).transferred
         problems = verify(store, uri)
     if problems:
         raise ServiceError(f"{uri} does not match what was published: {problems}", "The same command publishes again.")
-    manifest = committed.manifest
+    manifest = read_manifest(store, uri)
+    assert manifest is not None
     return {
         "uri": uri,
         "objects": len(manifest.objects),
         "bytes": manifest.size_bytes,
         "verified": True,
-        "transferred": committed.transferred,
+        "transferred": transferred,
         "seconds": time.monotonic() - started,
     }
+
+
+def _is_sound(store: ObjectStore, uri: str) -> bool:
+    return read_manifest(store, uri) is not None and not verify(store, uri)
 
 
 @effect(name="look for a finished retraining", timeout_s=300)
