@@ -60,7 +60,9 @@ def judge_version(
             "version": model["version"],
             "champion_version": champion["version"],
             "judgement": judgement,
-            **gathered.plain(),
+            "holdout": gathered.holdout,
+            "overlap": gathered.overlap,
+            "unchecked": gathered.unchecked,
             "evaluation": {"uri": evaluation["uri"], "digest": manifest_digest(store, evaluation["uri"])},
             "promotion": spec.promotion.model_dump(mode="json"),
         }
