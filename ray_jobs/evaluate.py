@@ -88,11 +88,14 @@ def mistakes(rows: Sequence[Mapping[str, Any]], most: int) -> list[dict[str, Any
     return sorted(wrong, key=lambda row: (-row["probability"], row["sha256"]))[:most]
 
 
-def to_parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Predictions as the bytes of a Parquet file."""
+def to_parquet(rows: Sequence[Mapping[str, Any]], probabilities_NC: Floats) -> bytes:
+    """Predictions as the bytes of a Parquet file, with all probabilities of each image in the order of the model's own labels."""
     schema = pa.schema([
         ("sha256", pa.string()), ("file", pa.string()), ("true", pa.string()), ("predicted", pa.string()), ("probability", pa.float64()),
     ])  # fmt: skip
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema)
+    values = pa.array(np.ascontiguousarray(probabilities_NC, np.float32).ravel())
+    lists = pa.ListArray.from_arrays(pa.array(np.arange(len(rows) + 1, dtype=np.int32) * probabilities_NC.shape[1]), values)
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema), buffer)
+    pq.write_table(table.append_column("probabilities", lists), buffer)
     return buffer.getvalue()
