@@ -104,8 +104,8 @@ def test_the_first_retraining_is_promoted_and_answers_by_the_contract(first: dic
 def test_an_outside_s3_client_lists_what_was_published(site: Site, first: dict[str, Any]) -> None:
     bucket = site.status["s3"]["bucket"]
     keys = {item["Key"] for item in site.s3().list_objects_v2(Bucket=bucket, Prefix="models/shapes/1/")["Contents"]}
-    expected = ("model.safetensors", "config.json", "labels.json", "preprocessing.json", "evaluation.json", "report.html", "MANIFEST.json")
-    assert keys == {f"models/shapes/1/{name}" for name in expected}
+    described = ("config.json", "labels.json", "preprocessing.json", "evaluation.json", "report.html", "MANIFEST.json")
+    assert keys == {f"models/shapes/1/{name}" for name in ("model.safetensors", "model.onnx", *described)}
 
 
 def test_an_outside_mlflow_client_finds_champion_search_and_trials_and_nothing_is_running(site: Site, first: dict[str, Any]) -> None:
@@ -194,7 +194,7 @@ def test_verify_finds_a_missing_an_altered_and_an_extra_object(site: Site, first
     uri, bucket = first["publish"]["uri"], site.status["s3"]["bucket"]
     assert site.json("verify", uri)["verified"] is True
     s3, copy = site.s3(), "models/shapes/copy"
-    for name in ("MANIFEST.json", "labels.json", "config.json", "model.safetensors", "evaluation.json", "report.html"):
+    for name in ("MANIFEST.json", "labels.json", "config.json", "model.safetensors", "model.onnx", "evaluation.json", "report.html"):
         body = s3.get_object(Bucket=bucket, Key=f"models/shapes/1/{name}")["Body"].read()
         s3.put_object(Bucket=bucket, Key=f"{copy}/{name}", Body=b"[]" if name == "labels.json" else body)
     s3.put_object(Bucket=bucket, Key=f"{copy}/more.txt", Body=b"x")
