@@ -40,10 +40,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Forest:
-    """The rows, and the axis that they share: (place, label) of each tick, the places of no change and of the limit."""
+    """The rows, and the axis that they share: (place, label, whether a phone shows it) of each tick, the places of zero and the limit."""
 
     rows: tuple[Row, ...]
-    ticks: tuple[tuple[float, str], ...]
+    ticks: tuple[tuple[float, str, bool], ...]
     zero: float
     limit: float | None
     limit_said: str
@@ -69,7 +69,7 @@ def forest(figures: Sequence[Values], *, limit: float | None) -> Forest | None:
 
     return Forest(
         tuple(_row(one, place, low, high) for one in drawn),
-        tuple((place(tick), points(tick)) for tick in _ticks(low, high)),
+        tuple((place(tick), points(tick), always) for tick, always in _ticks(low, high)),
         place(0.0),
         None if limit is None else place(limit),
         "" if limit is None else points(limit),
@@ -122,7 +122,8 @@ def _axis(marks: Sequence[float], ends: Sequence[float]) -> tuple[float, float]:
     return wide_low - air, wide_high + air
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def _ticks(low: float, high: float) -> list[tuple[float, bool]]:
+    """Round numbers that are not too many, and whether each is still one of few if every other is left out."""
     step = next((step for step in STEPS if (high - low) / step <= MOST_TICKS), STEPS[-1])
-    first, last = math.ceil(low / step), math.floor(high / step)
-    return [number * step for number in range(first, last + 1)]
+    places = range(math.ceil(low / step), math.floor(high / step) + 1)
+    return [(number * step, len(places) <= 3 or number % 2 == 0) for number in places]

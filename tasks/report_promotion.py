@@ -124,13 +124,13 @@ def gains(content: PromotionContent) -> dict[str, Any] | None:
     for rule, against in ((gain, champion), (words.rule_of(content, "probe"), "its own linear probe")):
         figure = words.first_figure(rule)
         if rule and figure:
-            drawn.append({**figure, "what": f"against {against}", "outcome": rule["outcome"], "confidence": rule.get("confidence")})
+            drawn.append({**figure, "what": against, "outcome": rule["outcome"], "confidence": rule.get("confidence")})
     asked = number((gain or {}).get("limit")) if words.first_figure(gain) else None
     forest = report_forest.forest(drawn, limit=asked)
     if forest is None:
         return None
-    ends = {percent(one["confidence"], 0) for one in drawn if number(one.get("confidence")) is not None}
-    said = f"Each end of an interval holds with {' and '.join(sorted(ends, reverse=True))} confidence." if ends else ""
+    ends = [f"{percent(one['confidence'], 0)} against {one['what']}" for one in drawn if number(one.get("confidence")) is not None]
+    said = "" if not ends else f"Each end of an interval holds with a confidence of {', '.join(ends)}."
     if asked is not None:
         said += " Dashed: the gain that is asked for; the whole interval against the champion must lie beyond it."
     return {"forest": forest, "said": said, "metric": str(content.judgement.get("metric") or "accuracy")}
@@ -150,6 +150,7 @@ def floor_of(content: PromotionContent, name: str, noun: str) -> dict[str, Any] 
         "id": name, "noun": noun, "rule": rule_row(rule), "forest": forest, "open": forest.rows[:opened], "folded": forest.rows[opened:],
         "unlisted": max(0, len(ranked) - MOST_LISTED), "skipped": len(rule.get("figures") or []) - len(ranked),
         "said": words.floor_said(rule, noun), "interval_said": words.interval_said(rule),
+        "cut": any(row.cut_low or row.cut_high for row in forest.rows),
     }  # fmt: skip
 
 

@@ -56,10 +56,11 @@ def why_kept(content: PromotionContent) -> str:
         return f"version {content.version} was not promoted"
     gain = first_figure(rule_of(content, "gain"))
     won = gain and points_of(gain) > 0 and not any(rule["name"] == "gain" for rule in refused)
-    lead = f"version {content.version} is {ahead(content)} it, but " if won else f"version {content.version} "
-    said = [_refusal(rule) for rule in refused]
-    more = f", and {counted(len(said) - 2, 'rule')} more refused" if len(said) > 2 else ""
-    return lead + " and ".join(said[:2]) + more
+    first, *others = [_refusal(rule) for rule in refused]
+    said = f"version {content.version} is {_loss(gain)} ahead, but it {first}" if gain and won else f"version {content.version} {first}"
+    if others:
+        said += f"; it also {others[0]}"
+    return said + (f", and {counted(len(others) - 1, 'more rule')} refused" if len(others) > 1 else "")
 
 
 def _refusal(rule: Values) -> str:
@@ -83,12 +84,12 @@ def _refusal(rule: Values) -> str:
 
 
 def _no_gain(rule: Values, figure: Values) -> str:
-    asked, value, metric = number(rule.get("limit")) or 0.0, number(figure.get("value")) or 0.0, words_of(str(figure.get("what")))
+    asked, value = number(rule.get("limit")) or 0.0, number(figure.get("value")) or 0.0
     if value < 0 and asked >= 0:
-        return f"is {_loss(figure)} behind it in {metric}"
+        return f"is {_loss(figure)} behind"
     if value == 0 and asked >= 0:
-        return f"is level with it in {metric}"
-    gained = f"is {_loss(figure)} {'ahead of' if value >= 0 else 'behind'} it in {metric}"
+        return "is level with it"
+    gained = f"is {_loss(figure)} {'ahead' if value >= 0 else 'behind'}"
     return f"{gained}, which luck can explain" if value > asked else f"{gained}, and more than {points(asked)} is asked for"
 
 
@@ -123,8 +124,7 @@ def gain_said(rule: Values) -> str:
         f"{'rose' if change > 0 else 'fell'} by {abs(change):.1f} points, {scores}" if change else f"stayed at {percent(figure['other'])}"
     )
     bound = f"with {percent(rule.get('confidence'), 0)} confidence the change is at least {points(figure.get('low'), 1)}"
-    wanted = "a gain is asked for" if asked == 0 else f"more than {points(asked)} is asked for"
-    return f"{metric} {moved}; {bound}, and {wanted}."
+    return f"{metric} {moved}; {bound}, and more than {points(asked)} is asked for."
 
 
 def rule_said(rule: Values) -> str:
@@ -157,7 +157,7 @@ def limit_said(rule: Values) -> str:
     if limit is None or rule.get("outcome") == "skipped":
         return ""
     return {
-        "numbers": "all",
+        "numbers": "no exception",
         "size": f"at least {limit:g}",
         "overlap": f"at most {percent(limit, 0)} seen",
         "gain": f"more than {points(limit)} points",
@@ -171,10 +171,9 @@ def rules_said(rules: Sequence[Values]) -> tuple[str, str]:
     """How many of the rules that were asked passed, and what the others said."""
     asked = [rule for rule in rules if rule.get("outcome") != "skipped"]
     counts = {outcome: sum(rule.get("outcome") == outcome for rule in rules) for outcome in ORDER}
-    others = [f"{counts[key]} {word}" for key, word in (("refused", "refused"), ("skipped", "not asked")) if counts[key]]
-    if counts["warned"]:
-        others.insert(bool(counts["refused"]), counted(counts["warned"], "warning"))
-    return f"{len(asked) - counts['refused']} of {len(asked)}", ", ".join(others) or "none refused, no warning"
+    words = (("refused", "refused"), ("warned", "warning" if counts["warned"] == 1 else "warnings"), ("skipped", "not asked"))
+    others = [f"{counts[outcome]} {word}" for outcome, word in words if counts[outcome]]
+    return f"{counts['passed']} of {len(asked)}", ", ".join(others) or "none refused, no warning"
 
 
 def floor_said(rule: Values, noun: str) -> str:

@@ -40,9 +40,9 @@ def promotion(
     true_N = np.sort(rng.integers(0, len(classes), images))
     shared_NK, camera_N = rng.gumbel(size=(images, len(classes))), np.where(rng.random(images) < 0.3, "scanner", "phone")
     found = {
-        "challenger": _scores(rng, shared_NK, true_N, 4.1 + better, 1.0),
-        "champion": _scores(rng, shared_NK, true_N, 4.1, 1.25) if champion else None,
-        "probe": _scores(rng, shared_NK, true_N, 3.6, 0.9),
+        "challenger": _scores(rng, shared_NK, true_N, 6.3 + better, 1.0),
+        "champion": _scores(rng, shared_NK, true_N, 6.3, 1.05) if champion else None,
+        "probe": _scores(rng, shared_NK, true_N, 5.4, 0.8),
     }
     mine_NK = found["challenger"]
     assert mine_NK is not None
