@@ -30,7 +30,7 @@ def headline(content: PromotionContent) -> str:
         return f"{name} version {version} was promoted and now serves: {challenger} {metric}, {ahead(content)} version {champion}."
     if content.status == "awaiting_approval":
         than = f", {ahead(content)} version {champion}, which serves until then" if champion else ". No version serves until then"
-        return f"{name} version {version} passed the gate and waits for approval: {challenger} {metric}{than}."
+        return f"{name} version {version} {_gated(content)} and waits for approval: {challenger} {metric}{than}."
     if content.status == "kept":
         return f"{serves}: {why_kept(content)}."
     return f"{serves}: {_unanswered(content)}."
@@ -40,10 +40,14 @@ def _unanswered(content: PromotionContent) -> str:
     """Why a version that the gate would have let through does not serve."""
     version, approver = content.version, (content.entry or {}).get("approver")
     return {
-        "rejected": f"version {version} passed the gate, and {approver or 'the approver'} rejected it",
-        "expired": f"version {version} passed the gate, but nobody approved it in time",
+        "rejected": f"version {version} {_gated(content)}, and {approver or 'the approver'} rejected it",
+        "expired": f"version {version} {_gated(content)}, but nobody approved it in time",
         "stale": f"version {version} was judged against another champion, so nothing was changed",
     }.get(content.status, f"version {version} is {words_of(content.status)}")
+
+
+def _gated(content: PromotionContent) -> str:
+    return "passed the gate" if content.judgement.get("status") == "promoted" else "was refused by the gate"
 
 
 def why_kept(content: PromotionContent) -> str:
@@ -133,7 +137,7 @@ def rule_said(rule: Values) -> str:
     if name == "gain" and figures:
         return gain_said(rule)
     if name == "calibration" and figures:
-        return sentence(" and ".join(_calibration_said(figure) for figure in figures))
+        return sentence("; ".join(_calibration_said(figure) for figure in figures))
     if name == "probe" and figures:
         tail = ": fine-tuning hurts" if rule.get("outcome") in ("refused", "warned") else ""
         figure, change = figures[0], points_of(figures[0])
@@ -143,12 +147,9 @@ def rule_said(rule: Values) -> str:
 
 
 def _calibration_said(figure: Values) -> str:
-    before, after = (number(figure.get(role)) for role in ("other", "challenger"))
-    if figure.get("what") == "ece":
-        said = f"calibration error {percent(before)} before, {percent(after)} now"
-    else:
-        said = f"{words_of(str(figure.get('what')))} {_three(before)} before, {_three(after)} now"
-    return said + (": more than may be" if figure.get("outcome") == "refused" else "")
+    name, shown = ("calibration error", percent) if figure.get("what") == "ece" else (words_of(str(figure.get("what"))), _three)
+    over = ", more than may be" if figure.get("outcome") == "refused" else ""
+    return f"{name} {shown(figure.get('other'))} → {shown(figure.get('challenger'))}{over}"
 
 
 def limit_said(rule: Values) -> str:
