@@ -56,6 +56,7 @@ def render_report(spec: Spec, parts: dict[str, Any]) -> str:
             decision=parts["decision"],
             seconds=parts["seconds"],
             features=parts["features"],
+            promotion=parts.get("promotion"),
         )
         return render(content)
 
