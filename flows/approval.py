@@ -10,14 +10,15 @@ from typing import Any
 
 from prefect import State, flow
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed
+from prefect.states import Completed
 
 from infra import local_stack
 from infra.errors import UserError
-from tasks.approval_page import FLOW, answer_of
+from tasks.approval_page import FLOW, answer_of, refuse
 
 RETRIES = 3
-RETRY_DELAY_S = 10.0
+RETRY_DELAY_S = 10
+"""An int: Prefect's server refuses a fraction, and the flow run would crash."""
 
 Carrier = Callable[..., dict[str, Any]]
 """`tasks.promotion.answer_request`: it writes the answer into the ledger, and moves the champion where it was approved."""
@@ -33,11 +34,12 @@ def approval(storage: str, model: str, request_id: str) -> State[Any]:
 
 def carry_out(storage: str, model: str, request_id: str, answer_request: Carrier) -> State[Any]:
     """What became of the answer on this flow run's page, as the flow run's last state."""
+    this = flow_run.get_id() or ""
     try:
-        given = answer_of(flow_run.get_id() or "")
+        given = answer_of(this)
         with local_stack.session(["s3", "mlflow"], storage=storage):
             entry = answer_request(storage, model, request_id, approve=given.answer == "approve", by=given.by, reason=given.reason)
     except UserError as mistake:
-        return Failed(message=str(mistake))
+        return refuse(this, str(mistake))
     done = "approved" if given.answer == "approve" else "rejected"
     return Completed(message=f"{done} by {given.by}" + (f": {entry['reason']}" if entry.get("reason") else ""))

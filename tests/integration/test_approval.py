@@ -151,6 +151,14 @@ def test_a_persons_mistake_is_told_on_the_page_and_the_request_can_be_asked_anew
     assert ended(client, another) == (StateType.COMPLETED, "rejected by ben")
 
 
+def test_an_answer_is_tried_again_where_a_service_fails(client: SyncPrefectClient) -> None:
+    request = a_request()
+    page = asked(client, request)
+    client.resume_flow_run(page, {**YES, "by": "cleo"})
+    assert ended(client, page) == (StateType.COMPLETED, "approved by cleo: better on every class")
+    assert carried_out(request)["by"] == "cleo"
+
+
 @pytest.mark.parametrize(("approved", "kind"), [(True, StateType.COMPLETED), (False, StateType.CANCELLED)])
 def test_an_answer_from_elsewhere_closes_the_page(client: SyncPrefectClient, approved: bool, kind: StateType) -> None:
     request = a_request()
