@@ -35,6 +35,7 @@ class Settings(BaseSettings):
         default=None, description="Database of the ledger of promotions; by default the object store, or a file in the home."
     )
     user: str | None = Field(default=None, description="Who promotes, approves and rolls back; by default the login name.")
+    webhook_secret: SecretStr | None = Field(default=None, description="Signs what is sent to the webhook that a spec names.")
     num_cpus: float | None = Field(default=None, gt=0, description="CPUs of the embedded Ray; the default is all of the machine's.")
     start_timeout_s: float = Field(default=180.0, gt=0, description="How long one embedded service may take to answer.")
 

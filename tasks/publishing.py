@@ -97,7 +97,6 @@ def _onnx(spec: Spec, fit: dict[str, Any], evaluation: dict[str, Any]) -> dict[s
     if not onnx["exported"]:
         progress.say(f"[yellow]No ONNX file:[/] {escape(onnx['why'])}. The model is published without it.")
     return onnx
->>>>>>> h2
 
 
 @effect(name="look for a finished retraining", timeout_s=300)
