@@ -14,6 +14,7 @@ from prefect.states import Completed
 
 from infra import local_stack
 from infra.errors import UserError
+from tasks.answering import answer_on_page
 from tasks.approval_page import FLOW, answer_of, refuse
 
 RETRIES = 3
@@ -21,15 +22,13 @@ RETRY_DELAY_S = 10
 """An int: Prefect's server refuses a fraction, and the flow run would crash."""
 
 Carrier = Callable[..., dict[str, Any]]
-"""`tasks.promotion.answer_request`: it writes the answer into the ledger, and moves the champion where it was approved."""
+"""`tasks.answering.answer_on_page`: it writes the answer into the ledger, and moves the champion where it was approved."""
 
 
 @flow(name=FLOW, retries=RETRIES, retry_delay_seconds=RETRY_DELAY_S, persist_result=False)
 def approval(storage: str, model: str, request_id: str) -> State[Any]:
     """Carry out the answer. A mistake of a person ends it as Failed with our words; a service that fails is tried again."""
-    from tasks.promotion import answer_request  # type: ignore[attr-defined]
-
-    return carry_out(storage, model, request_id, answer_request)
+    return carry_out(storage, model, request_id, answer_on_page)
 
 
 def carry_out(storage: str, model: str, request_id: str, answer_request: Carrier) -> State[Any]:

@@ -7,7 +7,6 @@ from typing import Any
 
 from prefect import flow
 from prefect.runtime import flow_run
-from tasks.promotion_page import show_promotion
 
 from ray_jobs.spec import Spec
 from tasks.announcing import announce
@@ -22,7 +21,8 @@ from tasks.notifying import notify
 from tasks.outcome import judged, retrain_outcome, skipped
 from tasks.planning import plan_search
 from tasks.promotion import settle
-from tasks.publishing import find_finished, publish, remember
+from tasks.promotion_page import show_promotion
+from tasks.publishing import find_finished, publish, remember, start_onnx_export
 from tasks.registration import register_model
 from tasks.report_content import example_image, record_evaluation, render_report
 from tasks.search import past_points, record_search, run_search, winner
@@ -44,6 +44,7 @@ def retrain(spec: Spec) -> dict[str, Any]:
     record_search(spec, dataset, backbones, search)
     backbone = winner(backbones, search)
     fit = fit_winner(spec, dataset, backbone, search)
+    start_onnx_export(spec, dataset, fit)
     lineage = lineage_of(spec, dataset, backbone, search, fit)
     asked = asked_by_retraining(spec, dataset, fit)
     found = {"dataset": dataset, "features": together(features), "search": search, "fit": fit}

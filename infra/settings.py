@@ -75,6 +75,12 @@ def user() -> str:
     return load().user or f"{getpass.getuser()}@{socket.gethostname()}"
 
 
+def webhook_secret() -> str | None:
+    """UNFREEZE_WEBHOOK_SECRET."""
+    secret = load().webhook_secret
+    return secret.get_secret_value() if secret else None
+
+
 def cache_bytes() -> int:
     """UNFREEZE_CACHE_BYTES."""
     return int(load().cache_bytes)

@@ -23,7 +23,7 @@ from torch import nn
 
 from ray_jobs import images
 from ray_jobs.images import Range
-from ray_jobs.metrics import NO_CLASS, choose
+from ray_jobs.metrics import NO_CLASS, aligned, choose
 from ray_jobs.model_folder import Preprocessing, load_model, read_preprocessing
 from ray_jobs.preprocessing import normalise
 
@@ -59,19 +59,6 @@ def probabilities(model: nn.Module, pixels_NHWC: npt.NDArray[np.uint8], view: Pr
         logits_BC = model(batch_BCHW.to(device))
         parts.append(logits_BC.float().softmax(1).cpu().numpy())
     return np.concatenate(parts[1:]) if len(parts) > 1 else parts[0]
-
-
-def aligned(probabilities_NC: Floats, labels: Sequence[str], classes: Sequence[str]) -> tuple[Floats, Floats | None]:
-    """The same probabilities by the data's classes (0 for one that the model does not know), and the highest outside them, if any."""
-    if list(labels) == list(classes):
-        return probabilities_NC, None
-    column = {label: number for number, label in enumerate(labels)}
-    aligned_NK = np.zeros((len(probabilities_NC), len(classes)), probabilities_NC.dtype)
-    for number, label in enumerate(classes):
-        if label in column:
-            aligned_NK[:, number] = probabilities_NC[:, column[label]]
-    outside = [number for label, number in column.items() if label not in set(classes)]
-    return aligned_NK, probabilities_NC[:, outside].max(1) if outside else None
 
 
 def predictions(rows: Range, classes: Sequence[str], probabilities_NK: Floats, outside_N: Floats | None = None) -> list[dict[str, Any]]:

@@ -23,6 +23,13 @@ def answer(model: str, request_id: str, *, approve: bool, by: str, reason: str, 
     return settled
 
 
+def answer_on_page(storage: str, model: str, request_id: str, *, approve: bool, by: str, reason: str) -> dict[str, Any]:
+    """The ledger's entry for an answer that was given on Prefect's page."""
+    assert open_book(model).storage == storage, storage
+    entry: dict[str, Any] = answer(model, request_id, approve=approve, by=by, reason=reason, on_its_page=True)["entry"]
+    return entry
+
+
 def _close(request_id: str, entry: dict[str, Any], *, approved: bool) -> None:
     words = f"{entry['verdict']} by {entry['approver']}, at the command line: entry {entry['number']} of the ledger"
     try:

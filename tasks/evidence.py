@@ -25,6 +25,7 @@ from infra.object_store import ObjectStore, object_store
 from infra.settings import cache_dir
 from ray_jobs.dataset import Dataset, open_dataset
 from ray_jobs.dataset_tables import slice_column
+from ray_jobs.metrics import aligned
 from ray_jobs.spec import Spec
 from tasks.gate_evidence import Evidence, Scores
 from tasks.seen_in_training import Images, images_of, seen_in_training
@@ -135,8 +136,6 @@ def _slices(dataset: Dataset, holdout: Images, names: Sequence[str]) -> dict[str
 
 def _answers(folder: Path, evaluation: Mapping[str, Any], holdout: Images, classes: Sequence[str]) -> dict[str, _Answers]:
     """By role, from the checked copy of the evaluation's folder."""
-    from ray_jobs.evaluate import aligned  # it loads torch, which whoever only imports this module does without
-
     digests = holdout.column("sha256")
     answers = {}
     for role in ROLES:

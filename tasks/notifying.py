@@ -27,4 +27,5 @@ def send(url: str | None, model: str, settled: dict[str, Any]) -> str | None:
 
 def decision(model: str, settled: dict[str, Any]) -> dict[str, Any]:
     """The body: the model, the status, who serves now, and the ledger's entry or the request for approval."""
-    return {"model": model, **{key: settled.get(key) for key in ("status", "serving", "entry", "request", "page")}}
+    digest = (settled["entry"] or {}).get("digest") or (settled["request"] or {}).get("id")
+    return {"model": model, "digest": digest, **{key: settled.get(key) for key in ("status", "serving", "entry", "request", "page")}}

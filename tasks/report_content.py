@@ -15,6 +15,7 @@ from infra.tracking import Metric, RunRecord
 from ray_jobs.dataset import Dataset, open_dataset
 from ray_jobs.spec import Spec, digest_of
 from tasks.policies import effect
+from tasks.promotion_page import page_content
 from tasks.registration import git_commit
 from tasks.search import common_tags
 
@@ -56,7 +57,7 @@ def render_report(spec: Spec, parts: dict[str, Any]) -> str:
             decision=parts["decision"],
             seconds=parts["seconds"],
             features=parts["features"],
-            promotion=parts.get("promotion"),
+            promotion=page_content(spec.name, parts["dataset"], parts["verdict"]),
         )
         return render(content)
 
