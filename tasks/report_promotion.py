@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from tasks import report_figures, report_forest, report_promotion_words, report_words
@@ -53,7 +52,7 @@ def section(content: PromotionContent) -> dict[str, Any]:
     }
 
 
-def figures(content: PromotionContent) -> Mapping[str, report_figures.Figure | None]:
+def figures(content: PromotionContent) -> dict[str, report_figures.Figure | None]:
     """The figures that plotly draws, by name; the changes with their intervals are drawn by the template."""
     judged = {role: content.evaluation.get(role) for role in ("challenger", content.rival)}
     return {"comparison": report_figures.comparison(content.evaluation), "calibration": report_figures.calibration(judged)}
@@ -64,14 +63,14 @@ def key_figures(content: PromotionContent) -> list[KeyFigure]:
     judgement, words = content.judgement, report_promotion_words
     metric = report_words.words_of(str(judgement.get("metric") or "accuracy"))
     passed, others = words.rules_said(judgement.get("rules") or [])
-    judged, removed = number(content.holdout.get("judged")), len(content.overlap)
+    judged = number(content.holdout.get("judged"))
     return [
         ("Challenger", percent(judgement.get("challenger")), f"{metric} of version {short(content.version, 20)}"),
         rival_figure(content, metric),
         gain_figure(content),
         worst_figure(content),
         ("Rules passed", passed, others),
-        ("Images judged", "–" if judged is None else f"{judged:,.0f}", f"{removed:,} removed as seen in training"),
+        ("Images judged", "–" if judged is None else f"{judged:,.0f}", f"{content.removed:,} removed as seen in training"),
     ]
 
 

@@ -39,6 +39,12 @@ class PromotionContent:
         return "champion" if self.champion_version or self.evaluation.get("champion") else "probe"
 
     @property
+    def removed(self) -> int:
+        """How many holdout images were not judged on; one may be in `overlap` more than once."""
+        whole, judged = number(self.holdout.get("images")), number(self.holdout.get("judged"))
+        return len({one.get("file") for one in self.overlap}) if whole is None or judged is None else int(whole - judged)
+
+    @property
     def created_at(self) -> str:
         """When it was decided, or asked for; empty where neither is known."""
         return str((self.entry or {}).get("at") or (self.requested or {}).get("at") or "")

@@ -255,11 +255,12 @@ def interval_said(rule: Values | None) -> str:
 
 def calibration_row(figure: Values) -> dict[str, str]:
     """A figure of the calibration rule for its table: the error in points, the loss as it is."""
+    shown = percent if figure.get("what") == "ece" else _three
     if figure.get("what") == "ece":
-        name, shown = "Calibration error (ECE)", percent
+        name = "Calibration error (ECE)"
         change, interval = f"{points(figure.get('value'), 1)} points", between(figure)
     else:
-        name, shown = words_of(str(figure.get("what"))).capitalize(), _three
+        name = words_of(str(figure.get("what"))).capitalize()
         change, interval = _signed(figure.get("value")), f"{_signed(figure.get('low'))} to {_signed(figure.get('high'))}"
     if number(figure.get("low")) is None or number(figure.get("high")) is None:
         interval = ""

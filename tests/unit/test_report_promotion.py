@@ -114,7 +114,7 @@ def test_classes_stand_worst_first_with_the_refused_one_on_top() -> None:
     assert [row.at for row in floor["open"][1:]] == sorted(row.at for row in floor["open"][1:])
 
 
-def test_three_hundred_classes_are_bounded_and_the_rest_is_counted() -> None:
+def test_five_hundred_classes_are_bounded_and_the_rest_is_counted() -> None:
     many = tuple(f"class {k:03d}" for k in range(500))
     case = promotion(classes=many, images=3000, pictures=False)
     floor = section(case)["floors"][0]
@@ -131,6 +131,13 @@ def test_a_first_version_says_so_and_is_compared_with_its_probe() -> None:
     assert "Challenger against its own probe" in text
     assert "The probe is right, the challenger wrong" in text
     assert {one["name"].split(" ")[0] for one in figures_in(html)["calibration"]["data"] if one.get("name")} == {"challenger", "probe"}
+
+
+def test_an_image_found_in_two_places_is_removed_once() -> None:
+    case = promotion(pictures=False)
+    twice = dataclasses.replace(case, overlap=case.overlap * 2)
+    assert twice.removed == dataclasses.replace(twice, holdout={}).removed == 12
+    assert "12 removed as seen in training" in Page(render(twice)).text
 
 
 def test_the_calibration_curves_name_their_error() -> None:
