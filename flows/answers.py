@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -79,7 +80,7 @@ def retrain(answer: dict[str, Any]) -> Panel:
     challenger = "" if serving == version else f" (challenger: {version})"
     quarantined = f", {dataset['quarantined']} quarantined" if dataset["quarantined"] else ""
     found = f"{_backbone(best)}unfreeze depth {best['unfreeze_depth']}, learning rate {best['lr']:.2g}"
-    table.add_row("verdict", f"{VERDICTS[answer['status']]}: {answer['decision']['reason']}")
+    table.add_row("verdict", f"{VERDICTS[answer['status']]}: {escape(answer['decision']['reason'])}")
     table.add_row("serving", f"[bold]{name} version {serving}[/]{challenger}" if serving else "[bold]no version yet[/]")
     if request := answer.get("request"):
         command = f"[bold cyan]unfreeze promote {name} --approve {request['id']}[/]"
@@ -142,9 +143,9 @@ def promote(answer: dict[str, Any]) -> Group:
         verdict = f"{LEDGER_VERDICTS[answer['verdict']]}: {name} version {answer['to']} (before: {came})"
         rows.add_row("verdict", verdict)
         rows.add_row("reason", Text(answer["reason"]))
-        rows.add_row("ledger", f"entry {answer['number']}, {answer['at']}, by {answer['by']}")
+        rows.add_row("ledger", f"entry {answer['number']}, {answer['at']}, by {escape(answer['by'])}")
     else:
-        rows.add_row("verdict", f"{VERDICTS['awaiting_approval']}: {name} version {answer['version']}, asked by {answer['by']}")
+        rows.add_row("verdict", f"{VERDICTS['awaiting_approval']}: {name} version {answer['version']}, asked by {escape(answer['by'])}")
         rows.add_row("reason", Text(answer["reason"]))
         for way in ("approve", "reject"):
             rows.add_row(way, f"[bold cyan]unfreeze promote {name} --{way} {answer['id']}[/]")
@@ -155,14 +156,16 @@ def promote(answer: dict[str, Any]) -> Group:
 
 
 def history(answer: dict[str, Any]) -> Group:
-    """The ledger as a table, the newest entry last, and whether it verifies."""
-    table = Table(box=None, padding=(0, 2))
-    for column in ("#", "when", "by", "verdict", "from", "to", "reason"):
-        table.add_column(column, justify="right" if column in ("#", "from", "to") else "left", overflow="fold")
+    """The ledger, the newest entry last, each with its reason below it, and whether it verifies."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
     for row in answer["entries"]:
-        by = row["by"] + (f", {row['approver']}" if row["approver"] else "")
+        by = row["by"] + (f", answered by {row['approver']}" if row["approver"] else "")
         when = row["at"].replace("T", " ").removesuffix("+00:00")
-        table.add_row(str(row["number"]), when, by, LEDGER_VERDICTS[row["verdict"]], row["from"] or "-", row["to"], Text(row["reason"]))
+        change = f"{row['from'] or 'nothing'} → {row['to']}"
+        table.add_row(str(row["number"]), f"{LEDGER_VERDICTS[row['verdict']]}  {change}  [dim]{when} UTC, {escape(by)}[/]")
+        table.add_row("", Text(row["reason"]))
     parts: list[Any] = [table if answer["entries"] else f"The ledger of {answer['model']} has no entry yet."]
     parts += [f"[magenta]waiting[/]: request {r['id']} for version {r['version']}, until {r['expires_at']}" for r in answer["requests"]]
     if answer["verified"]:
