@@ -46,10 +46,9 @@ def search(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 def promote(name: str, version: str | None, reason: str) -> dict[str, Any]:
     """Judge a registered version; what `promote --json` prints."""
-    from tasks.candidate import find_candidate
-
-    with _services(local_stack.DEFAULT_STORAGE):
+    with _services(local_stack.DEFAULT_STORAGE):  # whoever imports Prefect before it has an address starts a server
         from flows.promote import promote as flow
+        from tasks.candidate import find_candidate
         from tasks.policies import keep_results
 
         candidate = find_candidate(name, version)
@@ -69,7 +68,7 @@ def answer(name: str, request_id: str, *, approve: bool, reason: str) -> dict[st
 
 def rollback(name: str, to: str | None, reason: str) -> dict[str, Any]:
     """Put a former champion back; the entry that `rollback --json` prints."""
-    from tasks.promotion import roll_back
+    from tasks.serving import roll_back
 
     if not reason.strip():
         raise UserError("A rollback needs a reason.", "Give it with --reason TEXT: it goes into the ledger.")

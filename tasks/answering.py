@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from infra import progress
-from infra.errors import UnfreezeError
+from infra import progress, registry
+from infra.committed_folder import verify
+from infra.errors import UnfreezeError, UserError
+from infra.object_store import object_store
 from tasks import approval, approval_page
-from tasks.ledger_book import open_book
+from tasks.ledger_book import ARTIFACT, append, follow, now, open_book, plain_entry, tell
+from tasks.lineage import manifest_digest, weights_digest
 from tasks.notifying import send
-from tasks.promotion import answer_request
+from tasks.serving import check_published
 
 
 def answer(model: str, request_id: str, *, approve: bool, by: str, reason: str, on_its_page: bool) -> dict[str, Any]:
@@ -21,6 +24,43 @@ def answer(model: str, request_id: str, *, approve: bool, by: str, reason: str, 
         _close(request_id, entry, approved=approve)
     send(webhook, model, settled)
     return settled
+
+
+def answer_request(name: str, request_id: str, *, approve: bool, by: str, reason: str) -> dict[str, Any]:
+    """Promote what was asked for, or reject it; the entry. Raises UserError where the request is closed, or its model cannot serve."""
+    book = open_book(name)
+    tell(follow(book)[1])
+    while True:
+        request = approval.read(book, request_id)
+        approval.check_answer(book, request, approve=approve, by=by)
+        if approve:
+            _check_request(request, name)
+        entry = append(book, approval.answered(request, approve=approve, by=by, reason=reason, at=now()))
+        book = book.read_again()
+        if entry is not None:
+            follow(book)
+            return plain_entry(entry)
+
+
+def _check_request(request: dict[str, Any], name: str) -> None:
+    """What is promoted is what was judged: weights and evidence are unchanged."""
+    version = registry.get(name, request["version"])
+    if version is None:
+        raise UserError(f"Version {request['version']} of {name} was deleted from MLflow.", "Retrain, or promote another version.")
+    uri, what = version.tags.get(ARTIFACT, ""), f"Version {request['version']} of {name}"
+    check_published(uri, what)
+    store = object_store()
+    same = {
+        "weights": weights_digest(store, uri) == request["digests"]["weights"],
+        "evidence": not verify(store, request["evidence_uri"])
+        and manifest_digest(store, request["evidence_uri"]) == request["digests"]["evidence"],
+    }
+    altered = [name for name, is_same in same.items() if not is_same]
+    if altered:
+        raise UserError(
+            f"{what} cannot serve: its {' and '.join(altered)} changed after it was judged.",
+            f"`unfreeze promote {name} --version {request['version']}` judges it anew.",
+        )
 
 
 def answer_on_page(storage: str, model: str, request_id: str, *, approve: bool, by: str, reason: str) -> dict[str, Any]:

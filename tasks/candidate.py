@@ -10,7 +10,7 @@ from infra.object_store import object_store
 from ray_jobs.spec import parse_spec
 from tasks.ledger_book import ARTIFACT, open_book
 from tasks.lineage import read_lineage
-from tasks.promotion import check_published
+from tasks.serving import check_published
 
 
 def find_candidate(name: str, version: str | None) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from infra.ledger import SERVING, Entry, readable, verify
 from infra.ledger_choice import open_ledger
 from infra.object_store import ObjectStore, object_store
 from tasks.approval import open_requests
-from tasks.judging import JUDGEMENT
 from tasks.ledger_book import ARTIFACT, find_storage, open_book, plain_entry
-from tasks.lineage import manifest_digest, weights_digest
+from tasks.lineage import JUDGEMENT, manifest_digest, weights_digest
 
 
 def history(name: str) -> dict[str, Any]:

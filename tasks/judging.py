@@ -15,10 +15,8 @@ from infra.object_store import ObjectStore, join_uri, object_store
 from ray_jobs.spec import Spec, digest_of
 from tasks.evidence import gather
 from tasks.gate import judge, plain_judgement
-from tasks.lineage import manifest_digest, weights_digest
+from tasks.lineage import JUDGEMENT, manifest_digest, weights_digest
 from tasks.policies import effect
-
-JUDGEMENT = "judgement.json"
 
 
 def asked_by_retraining(spec: Spec, dataset: dict[str, Any], fit: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from infra import progress, registry
@@ -141,6 +142,11 @@ def tell(notes: list[str]) -> None:
     """Say what was not as the ledger says."""
     for note in notes:
         progress.say(f"[yellow]note:[/] {note}")
+
+
+def now() -> str:
+    """This moment, as the ledger writes it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def plain_entry(entry: Entry) -> dict[str, Any]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+from pathlib import Path
 from typing import Any
 
 from infra.committed_folder import MANIFEST, read_manifest
 from infra.errors import UserError
 from infra.object_store import ObjectStore, join_uri, object_store
 from ray_jobs.spec import Spec
-from tasks.registration import git_commit
 
 LINEAGE = "lineage.json"
+JUDGEMENT = "judgement.json"
 WEIGHTS = "model.safetensors"
+PROJECT = Path(__file__).resolve().parent.parent
 
 
 def lineage_of(
@@ -59,6 +62,12 @@ def weights_digest(store: ObjectStore, uri: str) -> str:
             f"There is no published model at {uri}.", "`unfreeze verify` says what is there; `unfreeze retrain` makes a version."
         )
     return found
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, or None outside a git repository."""
+    answer = subprocess.run(["git", "-C", str(PROJECT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or None if answer.returncode == 0 else None
 
 
 def _seen_before(store: ObjectStore, spec: Spec) -> list[str]:

@@ -14,9 +14,9 @@ from infra.object_store import object_store
 from infra.tracking import Metric, RunRecord
 from ray_jobs.dataset import Dataset, open_dataset
 from ray_jobs.spec import Spec, digest_of
+from tasks.lineage import git_commit
 from tasks.policies import effect
 from tasks.promotion_page import page_content
-from tasks.registration import git_commit
 from tasks.search import common_tags
 
 SAMPLES_PER_CLASS = 2

@@ -17,7 +17,8 @@ from infra.errors import UserError
 from infra.object_store import join_uri, object_store
 from infra.tracking import client
 from ray_jobs.spec import Spec
-from tasks import approval, champion, promotion
+from tasks import answering, approval, champion
+from tasks import serving as serving_of
 from tasks.candidate import find_candidate
 from tasks.doctor import diagnose
 from tasks.history import history, verified_history
@@ -93,7 +94,7 @@ def test_the_same_question_is_answered_once_and_whoever_serves_is_not_judged_aga
 
 def test_a_question_that_was_answered_before_a_rollback_is_not_answered_anew(spec: Spec) -> None:
     first, second = promoted(spec, GOOD, BETTER)
-    promotion.roll_back(spec.name, None, "broke in production", "ada")
+    serving_of.roll_back(spec.name, None, "broke in production", "ada")
     settled = worlds.promote(spec, second)
     assert settled["serving"] == serving(spec) == first
 
@@ -139,7 +140,7 @@ def test_a_champion_from_before_there_was_a_ledger_is_judged_against(spec: Spec)
     assert serving(spec) == old
     settled = worlds.promote(spec, better)
     assert (settled["status"], settled["entry"]["from"], serving(spec)) == ("promoted", old, better)
-    assert promotion.roll_back(spec.name, None, "no good", "ada")["to"] == old
+    assert serving_of.roll_back(spec.name, None, "no good", "ada")["to"] == old
 
 
 def test_an_approved_request_promotes_and_names_the_approver(spec: Spec) -> None:
@@ -150,13 +151,13 @@ def test_an_approved_request_promotes_and_names_the_approver(spec: Spec) -> None
     assert worlds.promote(asks, version)["request"] == settled["request"]  # asked once
     request_id = settled["request"]["id"]
     assert [request["id"] for request in history(spec.name)["requests"]] == [request_id]
-    entry = promotion.answer_request(spec.name, request_id, approve=True, by="grace", reason="looked at it")
+    entry = answering.answer_request(spec.name, request_id, approve=True, by="grace", reason="looked at it")
     assert (entry["verdict"], entry["by"], entry["approver"], entry["to"]) == ("promoted", "ada", "grace", version)
     assert entry["reason"].startswith("approved by grace (looked at it)")
     assert serving(spec) == version
     assert history(spec.name)["requests"] == []
     with pytest.raises(UserError, match="answered already: entry 1"):
-        promotion.answer_request(spec.name, request_id, approve=False, by="grace", reason="")
+        answering.answer_request(spec.name, request_id, approve=False, by="grace", reason="")
     assert worlds.promote(asks, version)["status"] == "promoted"
 
 
@@ -165,7 +166,7 @@ def test_a_rejected_request_is_in_the_ledger_and_changes_nothing(spec: Spec) -> 
     asks = manual(spec)
     version = worlds.register(spec, BETTER, 3)
     request = worlds.promote(asks, version)["request"]
-    entry = promotion.answer_request(spec.name, request["id"], approve=False, by="grace", reason="not on a Friday")
+    entry = answering.answer_request(spec.name, request["id"], approve=False, by="grace", reason="not on a Friday")
     assert (entry["verdict"], entry["from"], entry["to"], serving(spec)) == ("rejected", first, version, first)
     assert worlds.promote(asks, version)["status"] == "kept"
     assert verified_history(spec.name)["verified"] is True
@@ -181,7 +182,7 @@ def test_a_request_goes_stale_when_another_serves_and_expires(spec: Spec, monkey
     assert approval.closed(book, request) is None
     worlds.promote(spec, worlds.register(spec, BEST, 4))
     with pytest.raises(UserError, match="stale"):
-        promotion.answer_request(spec.name, request["id"], approve=True, by="grace", reason="")
+        answering.answer_request(spec.name, request["id"], approve=True, by="grace", reason="")
     assert history(spec.name)["requests"] == []
 
 
@@ -190,9 +191,9 @@ def test_whoever_asked_may_not_approve_where_another_must_but_may_withdraw(spec:
     version = worlds.register(spec, GOOD, 1)
     request_id = worlds.promote(asks, version, by="ada")["request"]["id"]
     with pytest.raises(UserError, match="another must approve"):
-        promotion.answer_request(spec.name, request_id, approve=True, by="ada", reason="")
+        answering.answer_request(spec.name, request_id, approve=True, by="ada", reason="")
     assert serving(spec) is None
-    assert promotion.answer_request(spec.name, request_id, approve=False, by="ada", reason="")["verdict"] == "rejected"
+    assert answering.answer_request(spec.name, request_id, approve=False, by="ada", reason="")["verdict"] == "rejected"
 
 
 @pytest.mark.parametrize("what", ["request", "weights", "evidence"])
@@ -208,22 +209,22 @@ def test_what_was_altered_after_it_was_judged_is_not_promoted(spec: Spec, what: 
     data = store.read(uris[what])
     store.write(uris[what], data.replace(b"0", b"1", 1))
     with pytest.raises(UserError):
-        promotion.answer_request(spec.name, request["id"], approve=True, by="grace", reason="")
+        answering.answer_request(spec.name, request["id"], approve=True, by="grace", reason="")
     assert serving(spec) is None
     assert history(spec.name)["entries"] == []
 
 
 def test_a_rollback_puts_the_last_champion_back_or_the_one_that_is_named(spec: Spec) -> None:
     first, second, third = promoted(spec, GOOD, BETTER, BEST)
-    entry = promotion.roll_back(spec.name, None, "broke", "ada")
+    entry = serving_of.roll_back(spec.name, None, "broke", "ada")
     assert (entry["verdict"], entry["from"], entry["to"], entry["reason"], serving(spec)) == ("rolled_back", third, second, "broke", second)
-    assert promotion.roll_back(spec.name, first, "older still", "ada")["to"] == first
-    assert promotion.roll_back(spec.name, None, "the one before", "ada")["to"] == second
+    assert serving_of.roll_back(spec.name, first, "older still", "ada")["to"] == first
+    assert serving_of.roll_back(spec.name, None, "the one before", "ada")["to"] == second
     with pytest.raises(UserError, match="serves already"):
-        promotion.roll_back(spec.name, second, "?", "ada")
+        serving_of.roll_back(spec.name, second, "?", "ada")
     never = worlds.register(spec, GOOD, 8)
     with pytest.raises(UserError, match="never champion"):
-        promotion.roll_back(spec.name, never, "?", "ada")
+        serving_of.roll_back(spec.name, never, "?", "ada")
     assert verified_history(spec.name)["verified"] is True
 
 
@@ -232,12 +233,12 @@ def test_nothing_that_does_not_verify_can_be_promoted_or_put_back(spec: Spec) ->
     weights = join_uri(spec.storage, "models", spec.name, first, "model.safetensors")
     object_store().write(weights, b"something else")
     with pytest.raises(UserError, match=r"model\.safetensors is altered"):
-        promotion.roll_back(spec.name, first, "?", "ada")
+        serving_of.roll_back(spec.name, first, "?", "ada")
     with pytest.raises(UserError, match=r"model\.safetensors is altered"):
         find_candidate(spec.name, first)
     object_store().delete([weights])
     with pytest.raises(UserError, match=r"model\.safetensors is missing"):
-        promotion.roll_back(spec.name, first, "?", "ada")
+        serving_of.roll_back(spec.name, first, "?", "ada")
 
 
 def test_an_altered_champion_is_noticed_by_the_doctor_and_by_the_history_even_with_a_manifest_that_fits(spec: Spec) -> None:
@@ -279,4 +280,4 @@ def test_a_model_that_does_not_exist_is_a_mistake_that_names_those_that_do(spec:
     with pytest.raises(UserError, match="no version 99"):
         find_candidate(spec.name, "99")
     with pytest.raises(UserError, match="no request 'abc'"):
-        promotion.answer_request(spec.name, "abc", approve=True, by="ada", reason="")
+        answering.answer_request(spec.name, "abc", approve=True, by="ada", reason="")
