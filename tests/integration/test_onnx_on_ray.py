@@ -11,7 +11,7 @@ import pytest
 from infra.committed_folder import read_manifest
 from infra.errors import UserError
 from infra.object_store import object_store
-from tests.integration.test_search_on_ray import BUCKET, machine, prepared  # noqa: F401 - fixtures
+from tests.integration.test_search_on_ray import BUCKET, machine, prepared, spec_of  # noqa: F401 - fixtures
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # Ray's own warnings are not ours
 STORAGE = f"s3://{BUCKET}"
@@ -21,15 +21,15 @@ def _die(_: object) -> None:
     os._exit(1)
 
 
-def _model(dataset: dict[str, Any], seed: int) -> str:
+def _model(dataset: dict[str, Any], seed: int, name: str = "test_efficientnet", side: int = 32) -> str:
     """A random model's folder; its URI."""
     from ray_jobs import backbone
     from ray_jobs.model_folder import Preprocessing, write
 
-    name, classes, uri = "test_efficientnet", dataset["classes"], f"{STORAGE}/fits/{seed}/fit"
-    model = backbone.create(name, image_size=32, num_classes=len(classes), seed=seed)
-    config = {"backbone": name, "num_classes": len(classes), "image_size": 32}
-    view = Preprocessing(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 10**8)
+    classes, uri = dataset["classes"], f"{STORAGE}/fits/{name}-{seed}/fit"
+    model = backbone.create(name, image_size=side, num_classes=len(classes), seed=seed)
+    config = {"backbone": name, "num_classes": len(classes), "image_size": side}
+    view = Preprocessing(side, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 10**8)
     write(object_store(), uri, model, config=config, labels=classes, preprocessing=view)
     return uri
 
@@ -78,3 +78,32 @@ def test_a_model_that_is_not_there_is_said(machine: Path) -> None:  # noqa: F811
 
     with pytest.raises(UserError, match="no committed model"):
         onnx_on_ray.export(f"{STORAGE}/fits/none/fit", "s3://x/y", STORAGE)
+
+
+@pytest.mark.parametrize(("name", "side", "exported"), [("test_efficientnet", 32, True), ("halonet26t", 256, False)])
+def test_a_model_that_onnx_cannot_hold_is_published_without_the_file_and_why_is_said(
+    machine: Path, prepared: tuple[dict[str, Any], dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],  # noqa: F811
+    name: str, side: int, exported: bool,
+) -> None:  # fmt: skip
+    import ray
+
+    from tasks.publishing import publish, start_onnx_export
+
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    dataset, _ = prepared
+    spec, uri, fit = spec_of(machine), f"{STORAGE}/models/{name}/1", {"model_uri": _model(dataset, 3, name, side)}
+    evaluation = {"evaluation": {}, "holdout": {"version": dataset["version"]}}
+    start_onnx_export.fn(spec, dataset, fit)  # type: ignore[attr-defined]
+    published = publish.fn(spec, {"artifact_uri": uri}, fit, evaluation, "<html>")  # type: ignore[attr-defined]
+    assert published["onnx"]["exported"] is exported
+    assert published["verified"] is True
+    manifest = read_manifest(object_store(), uri)
+    assert manifest is not None
+    keys = {entry.key for entry in manifest.objects}
+    assert ("model.onnx" in keys) is exported
+    assert keys >= {"model.safetensors", "config.json", "labels.json", "preprocessing.json", "evaluation.json", "report.html"}
+    assert ("No ONNX file:" in capsys.readouterr().err) is not exported
+    if exported:
+        assert publish.fn(spec, {"artifact_uri": uri}, fit, evaluation, "<html>")["transferred"] == 0  # type: ignore[attr-defined]
+    else:
+        assert "Unfold" in published["onnx"]["why"]
