@@ -204,7 +204,7 @@ def _candidates(mine_NB: Bytes, other_MB: Bytes) -> tuple[Ints, Ints]:
 def _best_of_each(pairs: tuple[Ints, Ints, Floats]) -> tuple[Ints, Ints, Floats]:
     """By row, best first, CANDIDATES a row."""
     order = np.lexsort((pairs[1], -pairs[2], pairs[0]))
-    rows, columns, values = (part[order] for part in pairs)
+    rows, columns, values = pairs[0][order], pairs[1][order], pairs[2][order]
     rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
     return rows[rank < CANDIDATES], columns[rank < CANDIDATES], values[rank < CANDIDATES]
 

@@ -94,7 +94,8 @@ def _lines(source: str, make_store: StoreFactory, slices: Sequence[str]) -> Iter
         )
     for number, row in enumerate(rows, 1):
         values = tuple(storable(_text(row.get(name)) or EMPTY) for name in slices)
-        yield _Line(number, *(_text(row.get(name)) for name in COLUMNS), values)
+        image, label, group, split = (_text(row.get(name)) for name in COLUMNS)
+        yield _Line(number, image, label, group, split, values)
 
 
 def _bytes_of(source: str, make_store: StoreFactory) -> bytes:

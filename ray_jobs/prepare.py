@@ -299,7 +299,7 @@ def _require_trainable(listed: Counter[str], rows: Sequence[Row], quarantined: S
 def _finished(store: ObjectStore, uri: str) -> Manifest | None:
     """The folder's manifest; None where there is none yet, or former code wrote the folder: then it is written anew, with what is new."""
     manifest = committed_folder.read_manifest(store, uri)
-    if manifest is None or json.loads(store.read(join_uri(uri, "stats.json")))["preparation"] != PREPARATION_VERSION:
+    if manifest is None or json.loads(store.read(join_uri(uri, "stats.json"))).get("preparation") != PREPARATION_VERSION:
         return None
     return manifest
 

@@ -67,9 +67,8 @@ def images_of(dataset: Dataset, splits: Sequence[str]) -> Images:
     """The rows of these splits, in canonical order."""
     manifest = dataset.manifest
     inside_N = np.asarray(pc.is_in(manifest.column("split"), pa.array(splits)))
-    table = manifest.filter(pa.array(inside_N)).select(
-        [name for name in manifest.column_names if name in COLUMNS or name.startswith(slice_column(""))]
-    )
+    wanted = [name for name in manifest.column_names if name in COLUMNS or name.startswith(slice_column(""))]
+    table = manifest.select(wanted).filter(pa.array(inside_N))
     fingerprints_NB = dataset.fingerprints()
     if fingerprints_NB is None:
         return Images(dataset.version, table, None)
