@@ -46,6 +46,10 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.fingerprints_NB)
 
+    def some(self, numbers: Ints) -> Pictures:
+        """Those of these numbers."""
+        return Pictures(self.fingerprints_NB[numbers], self.width_N[numbers], self.height_N[numbers])
+
 
 @dataclass(frozen=True, eq=False)
 class Pairs:

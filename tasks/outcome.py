@@ -65,7 +65,7 @@ def retrain_outcome(
         "request": settled["request"],
         "ledger_entry": entry["number"] if entry else None,
         "model": {"name": model["name"], "version": model["version"], "champion_version": serving, "artifact_uri": model["artifact_uri"]},
-        "publish": {key: published[key] for key in ("uri", "objects", "bytes", "verified")},
+        "publish": {key: published[key] for key in ("uri", "objects", "bytes", "verified", "onnx")},
         "report": f"{published['uri']}/report.html",
         "seconds": {step: round(value, 2) for step, value in seconds.items()},
     }

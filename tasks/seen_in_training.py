@@ -19,6 +19,9 @@ from ray_jobs.dataset_tables import slice_column
 from ray_jobs.fingerprints import Pictures, near_duplicates
 
 OpenDataset = Callable[[str], Dataset]
+ALIKE = 0.1
+"""Where more of the training images than this look like another one, looking alike tells nothing: only the same bytes count as seen."""
+ALIKE_SAMPLE = 500
 COLUMNS = ("sha256", "name", "label", "split", "width", "height")
 
 
@@ -104,7 +107,7 @@ def seen_in_training(
 def _look_through(search: _Search, holdout: Images, seen: Images, uri: str, roles: Sequence[str]) -> None:
     digests, files, splits = (seen.column(name) for name in ("sha256", "name", "split"))
     number_of = {sha256: number for number, sha256 in enumerate(holdout.column("sha256"))}
-    _look_closely(search, holdout, seen, digests)
+    _look_closely(search, holdout, seen, uri, digests)
     unseen = sum(sha256 not in search.looked_at for sha256 in digests)
     if unseen and holdout.pictures is not None:
         search.unchecked.append(f"{uri}: {unseen} images have no fingerprint, so only exact copies of them were looked for.")
@@ -117,16 +120,30 @@ def _look_through(search: _Search, holdout: Images, seen: Images, uri: str, role
             search.matches += [(match, role) for role in roles]
 
 
-def _look_closely(search: _Search, holdout: Images, seen: Images, digests: Sequence[str]) -> None:
+def _look_closely(search: _Search, holdout: Images, seen: Images, uri: str, digests: Sequence[str]) -> None:
     """Compare what the pictures show, where no other dataset had the same image before."""
     if holdout.pictures is None or seen.pictures is None:
         return
     fresh = np.array([number for number, sha256 in enumerate(digests) if sha256 not in search.looked_at], np.int64)
-    others = seen.pictures
-    pairs = near_duplicates(holdout.pictures, Pictures(others.fingerprints_NB[fresh], others.width_N[fresh], others.height_N[fresh]))
+    pairs = near_duplicates(holdout.pictures, seen.pictures.some(fresh))
+    search.looked_at.update(digests)
+    if len(pairs.mine_P) and (share := alike_share(seen.pictures)) > ALIKE:
+        images = len(np.unique(pairs.mine_P))
+        search.unchecked.append(
+            f"{uri}: {share:.0%} of its own images look like another one of them, so likeness tells nothing here: {images} holdout images "
+            "that look like one of it were not taken out. Only the same bytes were; name a group column in the manifest if there are copies."
+        )
+        return
     for mine, other, distance in zip(pairs.mine_P.tolist(), pairs.other_P.tolist(), pairs.distance_P.tolist(), strict=True):
         search.near.setdefault(digests[fresh[other]], []).append((mine, distance))
-    search.looked_at.update(digests)
+
+
+def alike_share(pictures: Pictures) -> float:
+    """The share of images (of an evenly spread sample) that have a near-duplicate among the others."""
+    sample = np.unique(np.linspace(0, len(pictures) - 1, min(ALIKE_SAMPLE, len(pictures))).astype(np.int64))
+    pairs = near_duplicates(pictures.some(sample), pictures)
+    others = sample[pairs.mine_P] != pairs.other_P
+    return len(np.unique(pairs.mine_P[others])) / len(sample)
 
 
 def _rows(holdout: Images, matches: Sequence[tuple[_Match, str]]) -> list[dict[str, Any]]:

@@ -32,12 +32,10 @@ IMAGES, CLASSES = 400, ("cat", "dog")
 
 @contextmanager
 def mlflow_server(folder: Path, port: int) -> Iterator[str]:
-    """A real MLflow server on loopback; its URL."""
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "2",
-        "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--artifacts-destination", str(folder / "artifacts"),
-    ]  # fmt: skip
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """The embedded MLflow server on loopback; its URL."""
+    arguments = (f"sqlite:///{folder / 'mlflow.db'}", (folder / "artifacts").as_uri(), str(port))
+    command = [sys.executable, "-m", "infra.mlflow_server", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 120
