@@ -148,12 +148,13 @@ def test_a_person_answers_in_a_browser(client: SyncPrefectClient) -> None:
     page = asked(client, request)
     with sync_playwright() as playwright, playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser:
         tab = browser.new_page()
-        tab.set_default_timeout(PATIENCE_S * 1000)
+        tab.set_default_timeout(60_000)
         tab.goto(ask(request)["url"])
         tab.get_by_role("button", name="Resume").click()
         form = tab.get_by_role("dialog")
         form.get_by_text("accuracy +3.1 points").wait_for()
         form.locator(".p-select-button__control").click()
+        tab.keyboard.press("ArrowDown")  # a click alone leaves the list closed here
         tab.get_by_text("reject", exact=True).click()
         form.locator("textarea").first.fill("ben")
         form.locator("textarea").last.fill("not yet")
