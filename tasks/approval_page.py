@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Literal
 from uuid import UUID
 
@@ -39,8 +39,8 @@ class Answer(RunInput):
     """The form on Prefect's page."""
 
     answer: Literal["approve", "reject"] = Field(description="approve: this version serves from now on.")
-    by: str = Field(min_length=1, max_length=200, description="Your name. It goes into the ledger.")
-    reason: str = Field("", max_length=2000, description="Why; it goes into the ledger.")
+    by: str = Field(min_length=1, max_length=200, title="Your name", description="It goes into the ledger.")
+    reason: str = Field("", max_length=2000, description="It goes into the ledger.")
 
 
 FORM = {part: f"{FLOW}-{part}" for part in ("description", "response", "schema")}
@@ -162,17 +162,21 @@ def page_text(request: dict[str, Any]) -> str:
     """What a person reads before answering, as Markdown."""
     champion = request.get("champion_version")
     page = str(request.get("page") or "")
-    report = f"[the report]({page})" if re.fullmatch(r"https?://[^\s()<>]+", page) else f"`{page.replace('`', '')}`" if page else "none"
+    report = f"[the report]({page})" if re.fullmatch(r"https?://[^\s()<>]+", page) else f"`{_code(page)}`" if page else "none"
     return f"""### Should version {_plain(request["version"])} of {_plain(request["model"])} serve?
 
-- **asked by** {_plain(request["by"])}, {_plain(request["at"])}; expires {_plain(request["expires_at"])}
+- **asked by** {_plain(request["by"])}, {_minute(request["at"])}; expires {_minute(request["expires_at"])}
 - **serves now:** {f"version {_plain(champion)}" if champion else "nothing"}
 - **verdict of the gate:** {_plain(request["reason"])}
 - **report:** {report}
-- **evidence:** `{str(request["evidence_uri"]).replace("`", "")}`
+- **evidence:** `{_code(request["evidence_uri"])}`
 
-Press **Resume** to answer here, or run `unfreeze promote {_code(request["model"])} --approve {_code(request["id"])}` (or `--reject`).
+Answer here (**Resume**), or run `unfreeze promote {_code(request["model"])} --approve {_code(request["id"])}` (or `--reject`).
 """
+
+
+def _minute(at: str) -> str:
+    return datetime.fromisoformat(at).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _plain(text: object) -> str:
@@ -181,7 +185,7 @@ def _plain(text: object) -> str:
 
 
 def _code(text: object) -> str:
-    return str(text).replace("`", "")
+    return " ".join(str(text).replace("`", "").split())
 
 
 def _tag(request_id: str) -> str:

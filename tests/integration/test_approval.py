@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from uuid import UUID, uuid4
 
 import psutil
 import pytest
+from playwright.sync_api import sync_playwright
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import SetStateStatus
@@ -29,6 +31,7 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 STORAGE = "s3://unfreeze"
 WANTED: tuple[ServiceName, ...] = ("s3", "mlflow", "prefect")
 ADDRESSES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "RAY_ADDRESS")
@@ -137,6 +140,26 @@ def test_an_answer_on_the_page_is_carried_out_without_a_command(client: SyncPref
     assert client.resume_flow_run(page, YES).status == SetStateStatus.ACCEPT
     assert ended(client, page) == (StateType.COMPLETED, "approved by ben: better on every class")
     assert carried_out(request) == {"model": "emoji", "approve": True, "by": "ben", "reason": "better on every class", "mlflow": True}
+
+
+@pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="needs Debian's chromium: apt-get install chromium")
+def test_a_person_answers_in_a_browser(client: SyncPrefectClient) -> None:
+    request = a_request()
+    page = asked(client, request)
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser:
+        tab = browser.new_page()
+        tab.set_default_timeout(60_000)
+        tab.goto(ask(request)["url"])
+        tab.get_by_role("button", name="Resume").click()
+        form = tab.get_by_role("dialog")
+        form.get_by_text("accuracy +3.1 points").wait_for()
+        form.locator(".p-select-button__control").click()
+        tab.keyboard.press("ArrowDown")  # a click alone leaves the list closed here
+        tab.get_by_text("reject", exact=True).click()
+        form.locator("textarea").first.fill("ben")
+        form.locator("textarea").last.fill("not yet")
+        form.get_by_role("button", name="Submit").click()
+        assert ended(client, page) == (StateType.COMPLETED, "rejected by ben: not yet")
 
 
 def test_a_persons_mistake_is_told_on_the_page_and_the_request_can_be_asked_anew(client: SyncPrefectClient) -> None:
