@@ -161,7 +161,7 @@ def _checked(path: Path, overrides: Sequence[str]) -> Spec:
     """The spec, with what can be checked before any server starts."""
     spec = load_spec(path, overrides)
     if not spec.data.source.startswith("s3://"):
-        with open_source(spec.data):
+        with open_source(spec.data, slices=spec.promotion.slices):
             pass
     return spec
 

@@ -112,7 +112,7 @@ def serving_since(entries: Sequence[Entry]) -> Entry | None:
 
 def former_champions(entries: Sequence[Entry]) -> list[str]:
     """Every version that has served before the one that serves now, the last of them first."""
-    served = [champion_of(entries[:number]) for number in range(len(entries), -1, -1)]
+    served = [champion_of(entries[:number]) for number in range(len(entries), 0, -1)] + [entry.from_version for entry in entries[:1]]
     now = champion_of(entries)
     return list(dict.fromkeys(version for version in served if version is not None and version != now))
 

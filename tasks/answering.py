@@ -27,11 +27,16 @@ def answer(model: str, request_id: str, *, approve: bool, by: str, reason: str, 
 
 
 def answer_request(name: str, request_id: str, *, approve: bool, by: str, reason: str) -> dict[str, Any]:
-    """Promote what was asked for, or reject it; the entry. Raises UserError where the request is closed, or its model cannot serve."""
+    """Promote what was asked for, or reject it; the entry. The same answer again changes nothing.
+
+    Raises UserError where the request is closed, or its model cannot serve.
+    """
     book = open_book(name)
     tell(follow(book)[1])
     while True:
         request = approval.read(book, request_id)
+        if (given := book.settled(request["question"])) and (given.verdict == "promoted", given.approver) == (approve, by):
+            return plain_entry(given)
         approval.check_answer(book, request, approve=approve, by=by)
         if approve:
             _check_request(request, name)

@@ -131,7 +131,7 @@ def _look_closely(search: _Search, holdout: Images, seen: Images, uri: str, dige
         images = len(np.unique(pairs.mine_P))
         search.unchecked.append(
             f"{uri}: {share:.0%} of its own images look like another one of them, so likeness tells nothing here: {images} holdout images "
-            "that look like one of it were not taken out. Only the same bytes were; name a group column in the manifest if there are copies."
+            "that look like one of it were not taken out. Only the same bytes were; name a group in the manifest if there are copies."
         )
         return
     for mine, other, distance in zip(pairs.mine_P.tolist(), pairs.other_P.tolist(), pairs.distance_P.tolist(), strict=True):

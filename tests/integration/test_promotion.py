@@ -156,6 +156,7 @@ def test_an_approved_request_promotes_and_names_the_approver(spec: Spec) -> None
     assert entry["reason"].startswith("approved by grace (looked at it)")
     assert serving(spec) == version
     assert history(spec.name)["requests"] == []
+    assert answering.answer_request(spec.name, request_id, approve=True, by="grace", reason="again") == entry
     with pytest.raises(UserError, match="answered already: entry 1"):
         answering.answer_request(spec.name, request_id, approve=False, by="grace", reason="")
     assert worlds.promote(asks, version)["status"] == "promoted"

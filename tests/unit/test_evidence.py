@@ -118,12 +118,12 @@ def test_without_overlap_every_holdout_image_is_judged_and_pinned_by_a_digest(wo
 def test_where_training_images_look_alike_by_nature_only_the_same_bytes_are_taken_out_and_the_judgement_says_so(world: World) -> None:
     one = np.asarray(photo(7, 48)).astype(np.float32)
     alike = {
-        f"cat{n}.png": (Image.fromarray((one * (1 - n / 60)).astype(np.uint8)), "train" if n < 6 else "holdout") for n in range(8)
+        f"cat{n}.png": (Image.fromarray((one * (1 - n / 150)).astype(np.uint8)), "train" if n < 6 else "holdout") for n in range(8)
     }  # one part, photographed in changing light
     dataset = world.prepared("now", alike | filler(0, holdout=2))
     found = world.gathered(dataset, {"challenger": [dataset["uri"]]})
     assert found.overlap == []
-    assert "2 holdout images that look like one of it were not taken out" in found.unchecked[0]
+    assert "holdout images that look like one of it were not taken out" in found.unchecked[0]
 
 
 def test_the_digest_pins_images_and_labels_and_no_order() -> None:
