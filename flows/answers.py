@@ -92,8 +92,10 @@ def retrain(answer: dict[str, Any]) -> Panel:
     table.add_row("data", f"{dataset['images']} images, {dataset['classes']} classes{quarantined} (version {dataset['version'][:8]})")
     table.add_row("published", f"{answer['publish']['uri']} ({answer['publish']['objects']} objects, verified)")
     table.add_row("report", answer.get("report_path") or answer["report"])
+    if "page_path" in answer:
+        table.add_row("page", answer["page_path"])
     table.add_row("time", _times(answer["seconds"]))
-    table.add_row("try next", f"[bold cyan]unfreeze predict {name}@champion IMAGE...[/]")
+    table.add_row("try next", f"[bold cyan]unfreeze predict {name}{'@champion' if serving else f'/{version}'} IMAGE...[/]")
     table.add_row("", "[bold cyan]unfreeze up[/] [dim](the web pages of MLflow, Prefect and Ray)[/]")
     return Panel(
         table, title=f"Unfreeze · {model['name']}", border_style="green" if answer["status"] == "promoted" else "cyan", expand=False

@@ -64,4 +64,4 @@ def retrain(spec: Spec) -> dict[str, Any]:
     announce(spec.name, outcome, search["trials_detail"], shown["link"])
     notify(spec, settled)
     remember(spec, dataset, backbones, outcome)
-    return outcome | {"report_path": shown["path"]}
+    return outcome | {"report_path": shown["path"]} | {key: settled[key] for key in ("page_path",) if key in settled}

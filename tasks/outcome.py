@@ -63,6 +63,7 @@ def retrain_outcome(
         "evaluation": {"challenger": challenger, "champion": champion, "probe": probe},
         "decision": parts["decision"],
         "request": settled["request"],
+        "page": settled["page"],
         "ledger_entry": entry["number"] if entry else None,
         "model": {"name": model["name"], "version": model["version"], "champion_version": serving, "artifact_uri": model["artifact_uri"]},
         "publish": {key: published[key] for key in ("uri", "objects", "bytes", "verified", "onnx")},

@@ -107,7 +107,7 @@ def seen_in_training(
 def _look_through(search: _Search, holdout: Images, seen: Images, uri: str, roles: Sequence[str]) -> None:
     digests, files, splits = (seen.column(name) for name in ("sha256", "name", "split"))
     number_of = {sha256: number for number, sha256 in enumerate(holdout.column("sha256"))}
-    _look_closely(search, holdout, seen, uri, digests)
+    _look_closely(search, holdout, seen, digests)
     unseen = sum(sha256 not in search.looked_at for sha256 in digests)
     if unseen and holdout.pictures is not None:
         search.unchecked.append(f"{uri}: {unseen} images have no fingerprint, so only exact copies of them were looked for.")
@@ -120,7 +120,7 @@ def _look_through(search: _Search, holdout: Images, seen: Images, uri: str, role
             search.matches += [(match, role) for role in roles]
 
 
-def _look_closely(search: _Search, holdout: Images, seen: Images, uri: str, digests: Sequence[str]) -> None:
+def _look_closely(search: _Search, holdout: Images, seen: Images, digests: Sequence[str]) -> None:
     """Compare what the pictures show, where no other dataset had the same image before."""
     if holdout.pictures is None or seen.pictures is None:
         return
@@ -130,8 +130,9 @@ def _look_closely(search: _Search, holdout: Images, seen: Images, uri: str, dige
     if len(pairs.mine_P) and (share := alike_share(seen.pictures)) > ALIKE:
         images = len(np.unique(pairs.mine_P))
         search.unchecked.append(
-            f"{uri}: {share:.0%} of its own images look like another one of them, so likeness tells nothing here: {images} holdout images "
-            "that look like one of it were not taken out. Only the same bytes were; name a group in the manifest if there are copies."
+            f"{share:.0%} of the training images (dataset {seen.version[:8]}) look like another one of them, so likeness is no evidence: "
+            f"{images} holdout images that look like one of it were judged. Only the same bytes were taken out; if there are copies, "
+            "name a group for each in the manifest."
         )
         return
     for mine, other, distance in zip(pairs.mine_P.tolist(), pairs.other_P.tolist(), pairs.distance_P.tolist(), strict=True):

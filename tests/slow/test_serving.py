@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.slow.test_main_job import TIMEOUT_S, Site, site  # noqa: F401 - a fixture
+from tests.site import TIMEOUT_S, Site
 
 pytestmark = pytest.mark.slow
 MLFLOW = Path(sys.executable).with_name("mlflow")
@@ -36,12 +36,12 @@ sys.meta_path.insert(0, Refuse())
 
 
 @pytest.fixture(scope="module")
-def retrained(site: Site) -> dict[str, Any]:  # noqa: F811
+def retrained(site: Site) -> dict[str, Any]:
     return site.json("retrain", site.spec("served"))
 
 
 @pytest.fixture(scope="module")
-def server(site: Site, retrained: dict[str, Any]) -> Iterator[str]:  # noqa: F811
+def server(site: Site, retrained: dict[str, Any]) -> Iterator[str]:
     """`mlflow models serve` of the champion, in processes that have a serving machine's packages alone; its address."""
     assert retrained["status"] == "promoted"
     bare = site.folder / "bare"
@@ -66,7 +66,7 @@ def server(site: Site, retrained: dict[str, Any]) -> Iterator[str]:  # noqa: F81
 
 
 def test_mlflows_server_answers_over_http_as_predict_does_and_a_broken_image_costs_its_own_row_only(
-    site: Site, server: str  # noqa: F811
+    site: Site, server: str
 ) -> None:  # fmt: skip
     broken = site.folder / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n no more")
@@ -84,7 +84,7 @@ def test_mlflows_server_answers_over_http_as_predict_does_and_a_broken_image_cos
         assert theirs["probability"] == pytest.approx(ours["probability"], abs=1e-6)
 
 
-def test_the_published_onnx_file_alone_answers_as_predict_does(site: Site, retrained: dict[str, Any]) -> None:  # noqa: F811
+def test_the_published_onnx_file_alone_answers_as_predict_does(site: Site, retrained: dict[str, Any]) -> None:
     import onnxruntime
 
     told = retrained["publish"].get("onnx")  # the command's answer may leave it out; what is published may not
@@ -101,13 +101,13 @@ def test_the_published_onnx_file_alone_answers_as_predict_does(site: Site, retra
     assert probabilities_NK.max(1) == pytest.approx([row["probability"] for row in predicted], abs=1e-4)
 
 
-def test_a_published_version_lists_its_onnx_file_and_verifies(site: Site, retrained: dict[str, Any]) -> None:  # noqa: F811
+def test_a_published_version_lists_its_onnx_file_and_verifies(site: Site, retrained: dict[str, Any]) -> None:
     manifest = site.s3().get_object(Bucket=site.status["s3"]["bucket"], Key="models/served/1/MANIFEST.json")["Body"].read()
     assert "model.onnx" in [entry["key"] for entry in json.loads(manifest)["objects"]]
     assert site.json("verify", retrained["publish"]["uri"])["verified"] is True
 
 
-def _predicted(site: Site, files: list[Path]) -> list[dict[str, Any]]:  # noqa: F811
+def _predicted(site: Site, files: list[Path]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in site.run("predict", "served@champion", *files, "--json").stdout.splitlines()]
 
 
