@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import flow
-from tasks.promotion_page import show_promotion
 
 from ray_jobs.spec import Spec
+from tasks.announcing import notify
 from tasks.champion import find_champion
 from tasks.evaluation import evaluate
 from tasks.judging import asked_by_person, judge_version, roles
-from tasks.notifying import notify
 from tasks.promotion import settle
+from tasks.promotion_page import show_promotion
 
 
 @flow(name="promote", flow_run_name="promote {spec.name}", persist_result=False, validate_parameters=True)

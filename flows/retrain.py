@@ -9,7 +9,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from ray_jobs.spec import Spec
-from tasks.announcing import announce
+from tasks.announcing import announce, notify
 from tasks.backbones import prepare_backbone
 from tasks.champion import find_champion
 from tasks.datasets import prepare_data
@@ -17,7 +17,6 @@ from tasks.evaluation import evaluate
 from tasks.features import cache_features, together
 from tasks.judging import asked_by_retraining, candidate_of, judge_version, roles
 from tasks.lineage import lineage_of
-from tasks.notifying import notify
 from tasks.outcome import judged, retrain_outcome, skipped
 from tasks.planning import plan_search
 from tasks.promotion import settle

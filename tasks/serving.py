@@ -11,6 +11,7 @@ from infra.ledger import Content, former_champions, promotion_of
 from infra.object_store import object_store
 from tasks.ledger_book import ARTIFACT, Book, append, follow, now, open_book, plain_entry, tell
 from tasks.lineage import read_lineage, weights_digest
+from tasks.notifying import send
 
 
 def describe(book: Book, version: str) -> dict[str, Any]:
@@ -73,7 +74,10 @@ def roll_back(name: str, to: str | None, reason: str, by: str) -> dict[str, Any]
             f"Another version of {name} became champion meanwhile: nothing was rolled back.",
             f"`unfreeze history {name}` shows it; run the same command again if it still is what you want.",
         )
-    follow(book.read_again())
+    serving, _ = follow(book.read_again())
+    settled = {"status": "rolled_back", "serving": serving, "entry": plain_entry(entry), "request": None}
+    lineage = read_lineage(object_store(), found["artifact_uri"])
+    send(lineage["spec"]["promotion"].get("webhook") if lineage else None, name, settled)
     return plain_entry(entry)
 
 
