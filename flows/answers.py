@@ -12,12 +12,14 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 debug = False
 LEADERS = 20
+LOCAL = ("report_path", "page_path")
 OTHER_DIMENSIONS = ("weight_decay", "label_smoothing", "layer_decay", "optimizer", "batch_size", "augmentation_strength", "backbone")
 VERDICTS = {
     "promoted": "[bold green]promoted[/]",
@@ -26,11 +28,18 @@ VERDICTS = {
     "awaiting_approval": "[bold magenta]awaiting approval[/]",
 }
 
+LEDGER_VERDICTS = {
+    "promoted": "[green]promoted[/]",
+    "kept": "[yellow]kept[/]",
+    "rejected": "[red]rejected[/]",
+    "rolled_back": "[cyan]rolled back[/]",
+}
+
 
 def show(answer: dict[str, Any], *, as_json: bool, render: Callable[[dict[str, Any]], object]) -> None:
     """Print an answer for a script or for a person."""
     if as_json:
-        sys.stdout.write(json.dumps({key: value for key, value in _plain(answer).items() if key != "report_path"}) + "\n")
+        sys.stdout.write(json.dumps({key: value for key, value in _plain(answer).items() if key not in LOCAL}) + "\n")
         sys.stdout.flush()
     else:
         _stdout().print(render(answer))
@@ -71,8 +80,11 @@ def retrain(answer: dict[str, Any]) -> Panel:
     challenger = "" if serving == version else f" (challenger: {version})"
     quarantined = f", {dataset['quarantined']} quarantined" if dataset["quarantined"] else ""
     found = f"{_backbone(best)}unfreeze depth {best['unfreeze_depth']}, learning rate {best['lr']:.2g}"
-    table.add_row("verdict", f"{VERDICTS[answer['status']]}: {answer['decision']['reason']}")
-    table.add_row("serving", f"[bold]{name} version {serving}[/]{challenger}")
+    table.add_row("verdict", f"{VERDICTS[answer['status']]}: {escape(answer['decision']['reason'])}")
+    table.add_row("serving", f"[bold]{name} version {serving}[/]{challenger}" if serving else "[bold]no version yet[/]")
+    if request := answer.get("request"):
+        command = f"[bold cyan]unfreeze promote {name} --approve {request['id']}[/]"
+        table.add_row("to answer", f"{command} (or --reject), until {request['expires_at']}")
     table.add_row("holdout", f"accuracy [bold]{_percent(scores['accuracy'])}[/] on {dataset['holdout']} images never trained on")
     table.add_row("found", f"{found}: best of {answer['search']['trials']} trials (val {_percent(best['accuracy'])})")
     if answer["fit"]["chosen"] == "probe":
@@ -80,8 +92,10 @@ def retrain(answer: dict[str, Any]) -> Panel:
     table.add_row("data", f"{dataset['images']} images, {dataset['classes']} classes{quarantined} (version {dataset['version'][:8]})")
     table.add_row("published", f"{answer['publish']['uri']} ({answer['publish']['objects']} objects, verified)")
     table.add_row("report", answer.get("report_path") or answer["report"])
+    if "page_path" in answer:
+        table.add_row("page", answer["page_path"])
     table.add_row("time", _times(answer["seconds"]))
-    table.add_row("try next", f"[bold cyan]unfreeze predict {name}@champion IMAGE...[/]")
+    table.add_row("try next", f"[bold cyan]unfreeze predict {name}{'@champion' if serving else f'/{version}'} IMAGE...[/]")
     table.add_row("", "[bold cyan]unfreeze up[/] [dim](the web pages of MLflow, Prefect and Ray)[/]")
     return Panel(
         table, title=f"Unfreeze · {model['name']}", border_style="green" if answer["status"] == "promoted" else "cyan", expand=False
@@ -119,6 +133,62 @@ def _cost(cost: dict[str, Any]) -> str:
         f"{cost['flops']:.2g} FLOPs, {cost['flops_without_sharing'] / max(cost['flops'], 1):.1f} times less than without sharing the prefix"
     )
     return f"features and trials took {cost['measured_s']:.0f} s{estimated}; {saved}"
+
+
+def promote(answer: dict[str, Any]) -> Group:
+    """One entry of the ledger, or a request for approval, with what to do next."""
+    name, rows = answer["model"], Table.grid(padding=(0, 2))
+    rows.add_column(style="dim", no_wrap=True)
+    rows.add_column(overflow="fold")
+    if "verdict" in answer:
+        came = f"version {answer['from']}" if answer["from"] else "nothing"
+        verdict = f"{LEDGER_VERDICTS[answer['verdict']]}: {name} version {answer['to']} (before: {came})"
+        rows.add_row("verdict", verdict)
+        rows.add_row("reason", Text(answer["reason"]))
+        rows.add_row("ledger", f"entry {answer['number']}, {answer['at']}, by {escape(answer['by'])}")
+    else:
+        rows.add_row("verdict", f"{VERDICTS['awaiting_approval']}: {name} version {answer['version']}, asked by {escape(answer['by'])}")
+        rows.add_row("reason", Text(answer["reason"]))
+        for way in ("approve", "reject"):
+            rows.add_row(way, f"[bold cyan]unfreeze promote {name} --{way} {answer['id']}[/]")
+        rows.add_row("expires", answer["expires_at"])
+    if page := answer.get("page_path") or answer.get("page"):
+        rows.add_row("page", Text(page, overflow="fold"))
+    return Group(rows)
+
+
+def history(answer: dict[str, Any]) -> Group:
+    """The ledger, the newest entry last, each with its reason below it, and whether it verifies."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in answer["entries"]:
+        by = row["by"] + (f", answered by {row['approver']}" if row["approver"] else "")
+        when = row["at"].replace("T", " ").removesuffix("+00:00")
+        change = f"{row['from'] or 'nothing'} → {row['to']}"
+        table.add_row(str(row["number"]), f"{LEDGER_VERDICTS[row['verdict']]}  {change}  [dim]{when} UTC, {escape(by)}[/]")
+        table.add_row("", Text(row["reason"]))
+    parts: list[Any] = [table if answer["entries"] else f"The ledger of {answer['model']} has no entry yet."]
+    parts += [f"[magenta]waiting[/]: request {r['id']} for version {r['version']}, until {r['expires_at']}" for r in answer["requests"]]
+    if answer["verified"]:
+        parts.append("[green]verified[/]: the chain, its evidence and the weights of every version that has served")
+    parts += [Text(f"not as it was written: {problem}", style="red") for problem in answer["problems"]]
+    return Group(*parts)
+
+
+def doctor(answer: dict[str, Any]) -> Table:
+    """What was looked at, and what to do about what is wrong."""
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    marks = {"ok": "[green]✓ ok[/]", "note": "[yellow]• note[/]", "wrong": "[red]✗ wrong[/]"}
+    for row in answer["findings"]:
+        table.add_row("[green]✓ mended[/]" if row["fixed"] else marks[row["state"]], row["what"], Text(row["words"]))
+        if row["fix"] and not row["fixed"]:
+            by = " (`unfreeze doctor --fix` does it)" if row["fixable"] else ""
+            table.add_row("", "", Text(f"→ {row['fix']}{by}", style="cyan"))
+    return table
 
 
 def verify(answer: dict[str, Any]) -> str:

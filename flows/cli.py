@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from flows import answers
-from infra.errors import UnfreezeError
+from infra.errors import UnfreezeError, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,6 +34,7 @@ DEFAULT_STORAGE = "s3://unfreeze"
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The spec; examples/emoji.yaml is one to copy.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=value", help="Override one value of the spec; may be repeated.")]
 Storage = Annotated[str, typer.Option(metavar="s3://...", help="Bucket and optional prefix, as `storage:` in the spec.")]
+ModelName = Annotated[str, typer.Argument(metavar="NAME", help="The registered model, `name:` in the spec.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 
 
@@ -62,6 +63,55 @@ def search(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = False)
 
 
 @app.command()
+def promote(
+    name: ModelName,
+    version: Annotated[str | None, typer.Option(metavar="N", help="By default the challenger.")] = None,
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; it goes into the ledger.")] = "",
+    approve: Annotated[str | None, typer.Option(metavar="ID", help="Approve a pending request.")] = None,
+    reject: Annotated[str | None, typer.Option(metavar="ID", help="Reject a pending request.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a version against the champion, and let it serve if the gate passes; or answer a request for approval."""
+    from flows import commands
+
+    if (approve and reject) or ((approve or reject) and version):
+        raise UserError("--approve, --reject and --version exclude one another.", "Give one of them.")
+    if approve or reject:
+        answer = commands.answer(name, approve or reject or "", approve=approve is not None, reason=reason)
+    else:
+        answer = commands.promote(name, version, reason)
+    answers.show(answer, as_json=as_json, render=answers.promote)
+
+
+@app.command()
+def rollback(
+    name: ModelName,
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; it goes into the ledger.")],
+    to: Annotated[str | None, typer.Option(metavar="N", help="A former champion; by default the last one.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a former champion back at once."""
+    from flows import commands
+
+    answers.show(commands.rollback(name, to, reason), as_json=as_json, render=answers.promote)
+
+
+@app.command()
+def history(
+    name: ModelName,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the chain, the evidence and the weights of all that served.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The ledger of a model: who, when, from which version to which, and why."""
+    from flows import commands
+
+    answer = commands.history(name, verify=verify)
+    answers.show(answer, as_json=as_json, render=answers.history)
+    if answer["verified"] is False:
+        raise typer.Exit(2)
+
+
+@app.command()
 def predict(
     model: Annotated[str, typer.Argument(metavar="NAME[@alias or /version]", help="By default the champion.")],
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Images, or folders of images.")],
@@ -72,6 +122,21 @@ def predict(
 
     for row in commands.predict(model, paths):
         answers.show_prediction(row, as_json=as_json)
+
+
+@app.command()
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="Mend what a command can mend; without it, only said.")] = False,
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: AsJson = False,
+) -> None:
+    """What is reachable, what the store enforces, and where ledger, MLflow and S3 disagree."""
+    from flows import commands
+
+    answer = commands.doctor(storage, fix=fix)
+    answers.show(answer, as_json=as_json, render=answers.doctor)
+    if not answer["healthy"]:
+        raise typer.Exit(2)
 
 
 @app.command()

@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from infra import committed_folder, local_stack, progress, ray_cluster, settings
-from infra.errors import UnfreezeError
+from infra.errors import UnfreezeError, UserError
 from infra.local_stack import Stack
 from infra.object_store import object_store, split_uri
 from infra.settings import SERVICES
 from ray_jobs.sources import open_source
 from ray_jobs.spec import Spec, load_spec
+from tasks.outcome import promotion_answer
 from tasks.warming import await_warm_workers, leave_warm, warm_up
 
 
 def retrain(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The whole job; what `retrain --json` prints."""
     spec = _checked(path, overrides)
-    with _services(spec):
+    with _services(spec.storage):
         from flows.retrain import retrain as flow
         from tasks.policies import keep_results
 
@@ -35,12 +36,62 @@ def retrain(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 def search(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The search alone; what `search --json` prints."""
     spec = _checked(path, overrides)
-    with _services(spec):
+    with _services(spec.storage):
         from flows.search import search as flow
         from tasks.policies import keep_results
 
         answer: dict[str, Any] = keep_results(flow, spec)(spec)
         return answer
+
+
+def promote(name: str, version: str | None, reason: str) -> dict[str, Any]:
+    """Judge a registered version; what `promote --json` prints."""
+    with _services(local_stack.DEFAULT_STORAGE):  # whoever imports Prefect before it has an address starts a server
+        from flows.promote import promote as flow
+        from tasks.candidate import find_candidate
+        from tasks.policies import keep_results
+
+        candidate = find_candidate(name, version)
+        spec = candidate["spec"]
+        settled: dict[str, Any] = keep_results(flow, spec)(spec, candidate["dataset"], candidate["model"], reason)
+        return promotion_answer(name, settled)
+
+
+def answer(name: str, request_id: str, *, approve: bool, reason: str) -> dict[str, Any]:
+    """Approve or reject a request; the entry that `promote --json` prints."""
+    with local_stack.session(["s3", "mlflow", "prefect"], storage=local_stack.DEFAULT_STORAGE):
+        from tasks import answering
+
+        settled = answering.answer(name, request_id, approve=approve, by=settings.user(), reason=reason, on_its_page=False)
+        return promotion_answer(name, settled)
+
+
+def rollback(name: str, to: str | None, reason: str) -> dict[str, Any]:
+    """Put a former champion back; the entry that `rollback --json` prints."""
+    from tasks.serving import roll_back
+
+    if not reason.strip():
+        raise UserError("A rollback needs a reason.", "Give it with --reason TEXT: it goes into the ledger.")
+    with local_stack.session(["s3", "mlflow"], storage=local_stack.DEFAULT_STORAGE), progress.step("Rolling back"):
+        entry = roll_back(name, to, reason, settings.user())
+    return {"model": name, **entry}
+
+
+def history(name: str, *, verify: bool) -> dict[str, Any]:
+    """What `history --json` prints."""
+    from tasks import history as ledger
+
+    title = "Verifying" if verify else "Reading the ledger"
+    with local_stack.session(["s3", "mlflow"], storage=local_stack.DEFAULT_STORAGE), progress.step(title):
+        return ledger.verified_history(name) if verify else ledger.history(name)
+
+
+def doctor(storage: str, *, fix: bool) -> dict[str, Any]:
+    """What `doctor --json` prints."""
+    from tasks import doctor as looking
+
+    with local_stack.session(["s3", "mlflow"], storage=storage), progress.step("Looking at everything"):
+        return looking.diagnose(storage, fix=fix)
 
 
 def predict(model: str, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
@@ -110,19 +161,19 @@ def _checked(path: Path, overrides: Sequence[str]) -> Spec:
     """The spec, with what can be checked before any server starts."""
     spec = load_spec(path, overrides)
     if not spec.data.source.startswith("s3://"):
-        with open_source(spec.data):
+        with open_source(spec.data, slices=spec.promotion.slices):
             pass
     return spec
 
 
 @contextmanager
-def _services(spec: Spec) -> Iterator[None]:
+def _services(storage: str) -> Iterator[None]:
     """All four services, and one connection to Ray for all steps."""
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # our own progress speaks; Prefect's lines go to its server
     with ExitStack() as exits:
         exits.enter_context(redirect_stdout(sys.stderr))  # Ray tells there of a worker that died; stdout is for the answer alone
         with progress.step("Finding or starting the services"):
-            stack = exits.enter_context(local_stack.session(SERVICES, storage=spec.storage))
+            stack = exits.enter_context(local_stack.session(SERVICES, storage=storage))
         exits.callback(_send_logs)
         warming = partial(warm_up, claim=stack.claim) if stack.stays("ray") else warm_up
         exits.enter_context(ray_cluster.one_connection(warming))

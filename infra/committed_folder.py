@@ -134,7 +134,7 @@ def verify(store: ObjectStore, uri: str) -> list[Problem]:
 def fetch(store: ObjectStore, uri: str, folder: Path) -> Path:
     """A local copy of the committed folder at `uri` below `folder`, complete and checked; made once a machine.
 
-    Raises FileNotFoundError where it was never committed, ValueError where an object does not match its digest.
+    Raises FileNotFoundError where it was never committed, UserError (a ValueError) where an object does not match its digest.
     """
     manifest = read_manifest(store, uri)
     if manifest is None:
@@ -195,4 +195,5 @@ def _receive(store: ObjectStore, uri: str, entry: Entry, folder: Path, name: str
     path.parent.mkdir(parents=True, exist_ok=True)
     store.download(join_uri(uri, entry.key), path)
     if _entry(entry.key, path) != entry:
-        raise ValueError(f"{join_uri(uri, entry.key)} does not match its {MANIFEST}")
+        what = f"{join_uri(uri, entry.key)} does not match its {MANIFEST}: it was altered since it was written, or only half arrived."
+        raise UserError(what, f"`unfreeze verify {uri}` says what else differs.")

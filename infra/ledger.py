@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal, Protocol
@@ -25,6 +25,9 @@ BEGINNING = "0" * 64
 """The previous digest of entry 1."""
 
 Verdict = Literal["promoted", "kept", "rejected", "rolled_back"]
+SERVING: tuple[Verdict, ...] = ("promoted", "rolled_back")
+"""The verdicts after which the entry's version serves."""
+
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -92,6 +95,31 @@ class Ledger(Protocol):
     def kept(self, model: str) -> Kept:
         """What `verify` looks at, damaged or not."""
         ...
+
+
+def champion_of(entries: Sequence[Entry]) -> str | None:
+    """The version that serves by these entries: the last that was promoted or put back, else the one that there was before them."""
+    since = serving_since(entries)
+    if since is not None:
+        return since.to_version
+    return entries[0].from_version if entries else None
+
+
+def serving_since(entries: Sequence[Entry]) -> Entry | None:
+    """The entry by which the champion came to serve; None where it was there before the first."""
+    return next((entry for entry in reversed(entries) if entry.verdict in SERVING), None)
+
+
+def former_champions(entries: Sequence[Entry]) -> list[str]:
+    """Every version that has served before the one that serves now, the last of them first."""
+    served = [champion_of(entries[:number]) for number in range(len(entries), 0, -1)] + [entry.from_version for entry in entries[:1]]
+    now = champion_of(entries)
+    return list(dict.fromkeys(version for version in served if version is not None and version != now))
+
+
+def promotion_of(entries: Sequence[Entry], version: str) -> Entry | None:
+    """The entry that last made this version the champion by a judgement."""
+    return next((entry for entry in reversed(entries) if entry.verdict == "promoted" and entry.to_version == version), None)
 
 
 def encode(entry: Entry) -> bytes:

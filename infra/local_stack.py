@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from infra import processes, services, stack_file
+from infra import launching, processes, services, stack_file, stack_worker
 from infra.errors import ServiceError
 from infra.object_store import object_store, split_uri
 from infra.processes import ProcessRecord
@@ -29,9 +28,6 @@ DEFAULT_STORAGE = "s3://unfreeze"
 POLL_S = 0.1
 MAX_SCRATCH_CHARS = 40
 """Ray adds up to 66 characters for its sockets, and the system allows 107."""
-GATE = 'read -r _ && exec "$@" </dev/null'
-"""Run by a shell as the server's first life: nothing happens before a line comes, and nothing at all where the writer has died."""
-
 Claim = Callable[[Collection[str]], set[str]]
 """Of some names, those that no other command uses, this one's alone from now on: `Stack.claim`."""
 
@@ -63,6 +59,8 @@ class Stack:
             services.ensure_buckets(site, {split_uri(uri)[0] for uri in (self._storage, *stack.artifacts.values())})
         _record_members(self._home, service)
         self._healthy.add(service)
+        if service == "prefect":
+            _have_worker(self._home)
 
     def stays(self, service: ServiceName) -> bool:
         """Whether the service is the stack's own, and outlives this command."""
@@ -114,14 +112,15 @@ def session(wanted: Collection[ServiceName], *, storage: str, background: Collec
             _leave(home, holder)
 
 
-def up(storage: str = DEFAULT_STORAGE) -> dict[str, Any]:
-    """Start what is not the team's own, to stay until `down`. Returns what `status` does."""
-    with session(SERVICES, storage=storage):
+def up(storage: str = DEFAULT_STORAGE, wanted: Collection[ServiceName] = SERVICES) -> dict[str, Any]:
+    """Start what is not the team's own, to stay until `down`, and the worker beside an embedded Prefect. Returns what `status` does."""
+    with session(wanted, storage=storage):
         home = home_dir()
         with stack_file.locked(home):
             stack = stack_file.read(home)
             stack.long_lived = True
             stack_file.write(home, stack)
+        _have_worker(home)
     return status()
 
 
@@ -202,6 +201,8 @@ def _start(home: Path, stack: StackFile, embedded: Collection[ServiceName], sett
     missing = [service for service in embedded if not stack.runs(service)]
     for service in missing:
         _end_server(stack, service)
+        if service == "prefect":
+            _end_worker(stack)  # it knows the old address
         stack.ports |= services.choose_ports(service, stack.ports)
     if s3_address is None and "s3" not in stack.ports:
         stack.ports |= services.choose_ports("s3", {})  # MLflow is told where S3 will be, even where this command does not need S3
@@ -216,33 +217,41 @@ def _start(home: Path, stack: StackFile, embedded: Collection[ServiceName], sett
 def _launch(home: Path, stack: StackFile, service: ServiceName, site: Site, s3: Mapping[str, str | None]) -> None:
     services.prepare(service, site)
     scratch = _new_scratch()
-    with _new_log(site.log(service)) as log:
-        child = subprocess.Popen(
-            ["/bin/sh", "-c", GATE, "sh", *services.command(service, site, scratch)],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
+
+    def remember(pid: int) -> None:
+        stack.servers[service] = Server(leader=processes.record(pid, service), scratch=scratch)
+        stack_file.write(home, stack)
+
+    launching.launch(
+        services.command(service, site, scratch),
+        environment=services.server_environment(service, site, dict(s3)),
+        cwd=home,
+        log=site.log(service),
+        remember=remember,
+    )
+
+
+def _have_worker(home: Path) -> None:
+    """Start the worker beside an embedded Prefect that stays, where it does not run."""
+    settings = load()
+    with stack_file.locked(home):
+        stack = stack_file.read(home)
+        if not stack.long_lived or not stack.runs("prefect") or (stack.worker is not None and processes.is_alive(stack.worker)):
+            return
+        _end_worker(stack)
+
+        def remember(pid: int) -> None:
+            stack.worker = processes.record(pid, "worker")
+            stack_file.write(home, stack)
+
+        embedded = [service for service in SERVICES if _is_embedded(service, settings, stack)]
+        launching.launch(
+            stack_worker.command(),
+            environment=stack_worker.environment(_site(home, stack), embedded),
             cwd=home,
-            env=services.server_environment(service, site, dict(s3)),
-            start_new_session=True,  # Ctrl-C in the terminal is for the command, which still needs the servers to clean up
-            umask=0o077,
+            log=stack_worker.log(home),
+            remember=remember,
         )
-    stack.servers[service] = Server(leader=processes.record(child.pid, service), scratch=scratch)
-    stack_file.write(home, stack)
-    assert child.stdin is not None
-    with child.stdin as gate:
-        gate.write(b"\n")
-    child.returncode = 0  # it may outlive this command: infra.processes ends and reaps it, so this object must not warn that it still runs
-
-
-@contextmanager
-def _new_log(path: Path) -> Iterator[Any]:
-    """An empty log; the one of the start before is kept beside it."""
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    if path.exists():
-        path.replace(path.with_suffix(".log.1"))
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
-        yield file
 
 
 def _new_scratch() -> Path:
@@ -275,10 +284,12 @@ def _end_all(home: Path, stack: StackFile) -> None:
     records: dict[float, list[ProcessRecord]] = {}
     for service, server in stack.servers.items():
         records.setdefault(services.GRACE_S[service], []).extend([server.leader, *server.members])
+    if stack.worker is not None:
+        records.setdefault(stack_worker.GRACE_S, []).append(stack.worker)
     processes.end_by_grace(records)
     for server in stack.servers.values():
         shutil.rmtree(server.scratch, ignore_errors=True)
-    stack.servers = {}
+    stack.servers, stack.worker = {}, None
     stack_file.write(home, stack)
 
 
@@ -287,6 +298,13 @@ def _end_server(stack: StackFile, service: ServiceName) -> None:
     if (server := stack.servers.pop(service, None)) is not None:
         processes.end([server.leader, *server.members], services.GRACE_S[service])
         shutil.rmtree(server.scratch, ignore_errors=True)
+
+
+def _end_worker(stack: StackFile) -> None:
+    """End the worker, with whatever it has started."""
+    if stack.worker is not None:
+        processes.end([stack.worker], stack_worker.GRACE_S)
+        stack.worker = None
 
 
 def _client_variables(embedded: Collection[ServiceName], site: Site, settings: Settings) -> dict[str, str | None]:

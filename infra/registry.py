@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
 from infra.tracking import client, translated
 
 CHAMPION = "champion"
@@ -90,7 +92,58 @@ def set_tags(version: ModelVersion, tags: Mapping[str, str]) -> None:
             client().set_model_version_tag(version.name, version.version, key, value)
 
 
-def set_alias(name: str, alias: str, version: str) -> None:
-    """Let an alias name this version."""
+def newest(name: str) -> ModelVersion | None:
+    """The version of the highest number, or None where the model has none."""
     with translated():
-        client().set_registered_model_alias(name, alias, version)
+        versions = client().search_model_versions(f"name = '{name}'", max_results=10_000)
+    found = max(versions, key=lambda version: int(version.version), default=None)
+    return None if found is None else ModelVersion(name, str(found.version), dict(found.tags), str(found.run_id))
+
+
+def model_tags(name: str) -> dict[str, str] | None:
+    """The tags of a registered model, or None where there is no such model."""
+    from mlflow.exceptions import RestException
+
+    with translated():
+        try:
+            return dict(client().get_registered_model(name).tags)
+        except RestException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+
+
+def names() -> list[str]:
+    """Every registered model."""
+    found: list[str] = []
+    token: str | None = None
+    with translated():
+        while True:
+            page = client().search_registered_models(max_results=500, page_token=token)
+            found += [model.name for model in page]
+            token = page.token
+            if not token:
+                return sorted(found)
+
+
+def set_model_tag(name: str, key: str, value: str) -> None:
+    """Add a tag to a registered model."""
+    with translated():
+        client().set_registered_model_tag(name, key, value)
+
+
+def set_alias(name: str, alias: str, version: str) -> None:
+    """Let an alias name this version. Of two who set a new one at once MLflow lets one fail: that one tries again."""
+    from mlflow.exceptions import MlflowException
+
+    again = Retrying(
+        retry=retry_if_exception_type(MlflowException), stop=stop_after_attempt(5), wait=wait_random_exponential(0.05, 1.0), reraise=True
+    )
+    with translated():
+        again(client().set_registered_model_alias, name, alias, version)
+
+
+def delete_alias(name: str, alias: str) -> None:
+    """Let an alias name nothing."""
+    with translated():
+        client().delete_registered_model_alias(name, alias)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import socket
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -32,6 +34,8 @@ class Settings(BaseSettings):
     ledger_url: SecretStr | None = Field(
         default=None, description="Database of the ledger of promotions; by default the object store, or a file in the home."
     )
+    user: str | None = Field(default=None, description="Who promotes, approves and rolls back; by default the login name.")
+    webhook_secret: SecretStr | None = Field(default=None, description="Signs what is sent to the webhook that a spec names.")
     num_cpus: float | None = Field(default=None, gt=0, description="CPUs of the embedded Ray; the default is all of the machine's.")
     start_timeout_s: float = Field(default=180.0, gt=0, description="How long one embedded service may take to answer.")
 
@@ -64,6 +68,17 @@ def cache_dir() -> Path:
     """UNFREEZE_CACHE_DIR, or `cache` in the home; absolute, made with mode 0700 where missing."""
     chosen = load().cache_dir
     return _private_dir(chosen.expanduser().absolute() if chosen else home_dir() / "cache")
+
+
+def user() -> str:
+    """Who acts: UNFREEZE_USER, or login name and host."""
+    return load().user or f"{getpass.getuser()}@{socket.gethostname()}"
+
+
+def webhook_secret() -> str | None:
+    """UNFREEZE_WEBHOOK_SECRET."""
+    secret = load().webhook_secret
+    return secret.get_secret_value() if secret else None
 
 
 def cache_bytes() -> int:

@@ -50,6 +50,7 @@ class StackFile(BaseModel):
     long_lived: bool = False
     holders: list[Holder] = Field(default_factory=list)
     servers: dict[ServiceName, Server] = Field(default_factory=dict)
+    worker: ProcessRecord | None = Field(default=None, description="Prefect's worker, beside a stack that is up for long.")
 
     def living_holders(self) -> list[Holder]:
         return [holder for holder in self.holders if processes.is_alive(holder.process)]

@@ -122,6 +122,11 @@ def add_file(run_id: str, path: Path, *, as_name: str) -> None:
         client().log_artifact(run_id, str(copy))
 
 
+def link(experiment: str, run_id: str, name: str) -> str:
+    """Where MLflow's page shows a file beside a run."""
+    return f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/#/experiments/{experiment}/runs/{run_id}/artifacts/{name}"
+
+
 def write_children(experiment: str, parent_run_id: str, records: Sequence[RunRecord]) -> None:
     """Write the child runs of a run, side by side; those already written are left alone."""
     with translated():

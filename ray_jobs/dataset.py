@@ -11,6 +11,8 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -18,6 +20,8 @@ from infra import committed_folder
 from infra.committed_folder import Manifest
 from infra.errors import UserError
 from infra.object_store import ObjectStore
+
+FINGERPRINTS = "fingerprints.parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,15 @@ class Dataset:
     def quarantine(self) -> pa.Table:
         """quarantine.parquet: every file left out, and why."""
         return _read(self._file("quarantine.parquet"))
+
+    def fingerprints(self) -> npt.NDArray[np.uint8] | None:
+        """What each image looks like (ray_jobs.fingerprints), in the manifest's order; None where former code prepared the dataset."""
+        if not any(entry.key == FINGERPRINTS for entry in self.committed.objects):
+            return None
+        column = _read(self._file(FINGERPRINTS)).column("fingerprint").combine_chunks()
+        width = column.type.byte_width
+        content = np.frombuffer(column.buffers()[1], np.uint8, len(column) * width, column.offset * width)
+        return content.reshape(len(column), width)
 
     @cached_property
     def all_rows(self) -> list[Row]:

@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ray_jobs.fingerprints import FINGERPRINT_BYTES
+
 if TYPE_CHECKING:
     from ray_jobs.prepare import Row
     from ray_jobs.sources import Rejected
@@ -34,8 +36,8 @@ def shard_bytes(rows: Sequence[Row], images: Sequence[bytes]) -> bytes:
     return _parquet(columns, row_group_size=max(1, ROW_GROUP_BYTES // mean_bytes), use_dictionary=["label", "split", "group"])
 
 
-def manifest_bytes(shards: Sequence[Sequence[Row]]) -> bytes:
-    """manifest.parquet: every row in canonical order, with its place in the shards."""
+def manifest_bytes(shards: Sequence[Sequence[Row]], slices: Sequence[str] = ()) -> bytes:
+    """manifest.parquet: every row in canonical order, with its place in the shards, and a column a slice."""
     rows = [row for shard in shards for row in shard]
     return _parquet({
         "sha256": _texts([row.facts.sha256 for row in rows]),
@@ -50,7 +52,20 @@ def manifest_bytes(shards: Sequence[Sequence[Row]]) -> bytes:
         "size_bytes": _numbers([row.facts.size_bytes for row in rows], pa.int64()),
         "shard": _numbers([number for number, shard in enumerate(shards) for _ in shard], pa.int32()),
         "row": _numbers([number for shard in shards for number in range(len(shard))], pa.int32()),
+        **{slice_column(name): _texts([row.item.slices[number] for row in rows]) for number, name in enumerate(slices)},
     })  # fmt: skip
+
+
+def slice_column(name: str) -> str:
+    """The column that holds a slice: under a name that none of ours can have."""
+    return f"slice:{name}"
+
+
+def fingerprints_bytes(shards: Sequence[Sequence[Row]]) -> bytes:
+    """fingerprints.parquet: what each image looks like, in the manifest's order; apart from it, since workers read that and not this."""
+    content = b"".join(row.facts.fingerprint for shard in shards for row in shard)
+    column = pa.Array.from_buffers(pa.binary(FINGERPRINT_BYTES), len(content) // FINGERPRINT_BYTES, [None, pa.py_buffer(content)])
+    return _parquet({"fingerprint": column}, use_dictionary=False)
 
 
 def quarantine_bytes(quarantined: Sequence[Rejected]) -> bytes:

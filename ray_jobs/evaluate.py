@@ -23,7 +23,7 @@ from torch import nn
 
 from ray_jobs import images
 from ray_jobs.images import Range
-from ray_jobs.metrics import NO_CLASS, choose
+from ray_jobs.metrics import NO_CLASS, aligned, choose
 from ray_jobs.model_folder import Preprocessing, load_model, read_preprocessing
 from ray_jobs.preprocessing import normalise
 
@@ -61,19 +61,6 @@ def probabilities(model: nn.Module, pixels_NHWC: npt.NDArray[np.uint8], view: Pr
     return np.concatenate(parts[1:]) if len(parts) > 1 else parts[0]
 
 
-def aligned(probabilities_NC: Floats, labels: Sequence[str], classes: Sequence[str]) -> tuple[Floats, Floats | None]:
-    """The same probabilities by the data's classes (0 for one that the model does not know), and the highest outside them, if any."""
-    if list(labels) == list(classes):
-        return probabilities_NC, None
-    column = {label: number for number, label in enumerate(labels)}
-    aligned_NK = np.zeros((len(probabilities_NC), len(classes)), probabilities_NC.dtype)
-    for number, label in enumerate(classes):
-        if label in column:
-            aligned_NK[:, number] = probabilities_NC[:, column[label]]
-    outside = [number for label, number in column.items() if label not in set(classes)]
-    return aligned_NK, probabilities_NC[:, outside].max(1) if outside else None
-
-
 def predictions(rows: Range, classes: Sequence[str], probabilities_NK: Floats, outside_N: Floats | None = None) -> list[dict[str, Any]]:
     """One row an image: its digest and file, its true class, and what was predicted with which probability."""
     predicted_N, confidence_N = choose(probabilities_NK, outside_N)
@@ -88,11 +75,14 @@ def mistakes(rows: Sequence[Mapping[str, Any]], most: int) -> list[dict[str, Any
     return sorted(wrong, key=lambda row: (-row["probability"], row["sha256"]))[:most]
 
 
-def to_parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Predictions as the bytes of a Parquet file."""
+def to_parquet(rows: Sequence[Mapping[str, Any]], probabilities_NC: Floats) -> bytes:
+    """Predictions as the bytes of a Parquet file, with all probabilities of each image in the order of the model's own labels."""
     schema = pa.schema([
         ("sha256", pa.string()), ("file", pa.string()), ("true", pa.string()), ("predicted", pa.string()), ("probability", pa.float64()),
     ])  # fmt: skip
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema)
+    values = pa.array(np.ascontiguousarray(probabilities_NC, np.float32).ravel())
+    lists = pa.ListArray.from_arrays(pa.array(np.arange(len(rows) + 1, dtype=np.int32) * probabilities_NC.shape[1]), values)
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema), buffer)
+    pq.write_table(table.append_column("probabilities", lists), buffer)
     return buffer.getvalue()

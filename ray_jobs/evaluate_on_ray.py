@@ -18,7 +18,7 @@ import numpy.typing as npt
 import ray
 
 from infra.committed_folder import commit, fetch, read_manifest
-from infra.errors import UserError
+from infra.errors import UnfreezeError, UserError
 from infra.object_store import ObjectStore, join_uri, object_store
 from infra.settings import cache_dir
 from ray_jobs.dataset import open_dataset
@@ -26,7 +26,7 @@ from ray_jobs.light_timm import import_timm
 from ray_jobs.metrics import measure
 from ray_jobs.spec import digest_of
 
-EVALUATION_CODE_VERSION = 1
+EVALUATION_CODE_VERSION = 2
 """Raise it when the same models and images would be measured otherwise."""
 
 IMAGES_PER_TASK = 256  # fewer are not worth a process that has to load torch
@@ -64,7 +64,10 @@ def evaluate(dataset: dict[str, Any], models: dict[str, str], storage: str, on_p
 
 def _digest(store: ObjectStore, uri: str) -> str:
     """A model by its weights, labels and preprocessing: the same model under two addresses is one."""
-    manifest = read_manifest(store, uri)
+    try:
+        manifest = read_manifest(store, uri)
+    except ValueError as error:
+        raise UserError(f"The manifest of the model at {uri} is damaged: {error}", "Publish it again, or judge another version.") from None
     if manifest is None:
         raise UserError(f"There is no committed model at {uri}.", "Check the address; `unfreeze verify` says what is there.")
     parts = ("model.safetensors", "labels.json", "preprocessing.json")
@@ -95,10 +98,21 @@ def _score(dataset: dict[str, Any], models: Mapping[str, _Model], on_progress: O
     while pending:
         (ready, *_), _ = ray.wait(list(pending), num_returns=1)
         start = pending.pop(ready)
-        for digest, probabilities_NC in ray.get(ready).items():
+        for digest, probabilities_NC in _result(ready).items():
             scores[digest][start] = probabilities_NC
         on_progress(total * (number - len(pending)) / number, total)
     return {digest: np.concatenate([found[start] for start in sorted(found)]) for digest, found in scores.items()}
+
+
+def _result(reference: Any) -> dict[str, npt.NDArray[np.float32]]:
+    """A task's scores, or the error that it met, not wrapped: an altered model is no bug of ours."""
+    try:
+        scores: dict[str, npt.NDArray[np.float32]] = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UnfreezeError):
+            raise error.cause from None
+        raise
+    return scores
 
 
 def _score_range(dataset_uri: str, model_uris: dict[str, str], start: int, stop: int) -> dict[str, npt.NDArray[np.float32]]:
@@ -140,5 +154,6 @@ def _summarise(
         "evaluation": {name: metrics[digest] for name, digest in digests.items()},
         "mistakes": scoring.mistakes(rows[shown], MISTAKES),
         "holdout": {"version": dataset["version"], "images": len(labels_N)},
+        "labels": {name: models[digest].labels for name, digest in digests.items()},
     }
-    return result, {f"{name}.parquet": scoring.to_parquet(rows[digest]) for name, digest in digests.items()}
+    return result, {f"{name}.parquet": scoring.to_parquet(rows[digest], scores[digest]) for name, digest in digests.items()}

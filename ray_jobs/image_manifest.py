@@ -1,4 +1,7 @@
-"""A source given as a table: one row an image, with its label and perhaps its group and split (.csv, .tsv or .parquet)."""
+"""A source given as a table: one row an image, with its label and perhaps its group and split (.csv, .tsv or .parquet).
+
+Further columns are read where the spec names them as slices; an empty cell is a value of its own, EMPTY.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import csv
 import io
 import os
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from infra.object_store import ObjectInfo, ObjectStore, join_uri, split_uri
 from ray_jobs.sources import SPLITS, Item, Rejected, StoreFactory, as_label, digests_of_files, missing_source, storable, with_group_splits
 
 COLUMNS = ("image", "label", "group", "split")
+EMPTY = "(empty)"
 _WAY_OUT = "A manifest needs the columns image and label, and may have group and split (train, val or holdout)."
 
 
@@ -28,13 +32,14 @@ class _Line:
     label: str | None
     group: str | None
     split: str | None
+    slices: tuple[str, ...]
 
 
-def read_image_manifest(source: str, make_store: StoreFactory) -> tuple[list[Item], list[Rejected]]:
+def read_image_manifest(source: str, make_store: StoreFactory, slices: Sequence[str] = ()) -> tuple[list[Item], list[Rejected]]:
     """The manifest's rows as items, and the rows without an image or a label. Raises UserError where the table itself is wrong."""
     items: list[Item] = []
     rejected: list[Rejected] = []
-    lines = list(_lines(source, make_store))
+    lines = list(_lines(source, make_store, slices))
     sizes = {uri: info.size_bytes for uri, info in _listed(_remote(source, lines), make_store).items()}
     for line in lines:
         name = storable(line.image or f"row {line.number}")
@@ -45,38 +50,52 @@ def read_image_manifest(source: str, make_store: StoreFactory) -> tuple[list[Ite
         else:
             location = _location(source, line.image)
             size_bytes = sizes.get(location, 0) if location.startswith("s3://") else _size(location)
-            items.append(Item(name, as_label(line.label), location, size_bytes, line.group and storable(line.group), _split(source, line)))
+            group = line.group and storable(line.group)
+            items.append(Item(name, as_label(line.label), location, size_bytes, group, _split(source, line), line.slices))
     if not items and not rejected:
         raise UserError(f"The manifest {storable(source)!r} is empty: it has no rows.", _WAY_OUT)
     return with_group_splits(items), rejected
 
 
-def fingerprint_of_manifest(source: str, make_store: StoreFactory) -> list[Any]:
+def fingerprint_of_manifest(source: str, make_store: StoreFactory, slices: Sequence[str] = ()) -> list[Any]:
     """What changes when the manifest or any image that it names does."""
-    lines = list(_lines(source, make_store))
+    lines = list(_lines(source, make_store, slices))
     locations = [_location(source, line.image) if line.image else "" for line in lines]
     remote = _listed(_remote(source, lines), make_store)
     local = [location for location in locations if location and not location.startswith("s3://")]
     digests = dict(zip(local, digests_of_files(local), strict=True))
     state = {**digests, **{uri: f"{info.size_bytes} {info.etag}" for uri, info in remote.items()}}
     return [
-        [*(text and storable(text) for text in (line.image, line.label, line.group, line.split)), state.get(location, "missing")]
+        [
+            *(text and storable(text) for text in (line.image, line.label, line.group, line.split)),
+            *line.slices,
+            state.get(location, "missing"),
+        ]
         for line, location in zip(lines, locations, strict=True)
     ]
 
 
-def _lines(source: str, make_store: StoreFactory) -> Iterator[_Line]:
+def _lines(source: str, make_store: StoreFactory, slices: Sequence[str]) -> Iterator[_Line]:
     data = _bytes_of(source, make_store)
     try:
-        columns, rows = _parquet(data) if source.lower().endswith((".parquet", ".pq")) else _csv(data, source)
+        columns, rows = _parquet(data, slices) if source.lower().endswith((".parquet", ".pq")) else _csv(data, source)
     except (csv.Error, ValueError, OSError) as error:  # pyarrow's errors are ValueErrors and OSErrors
         raise UserError(f"The manifest {storable(source)!r} cannot be read: {storable(str(error))}", _WAY_OUT) from None
     missing = [name for name in COLUMNS[:2] if name not in columns]
     if missing:
         found = ", ".join(map(repr, columns)) or "none"
         raise UserError(f"The manifest {storable(source)!r} lacks {' and '.join(map(repr, missing))}; its columns are: {found}.", _WAY_OUT)
+    absent = ", ".join(repr(name) for name in slices if name not in columns)
+    if absent:
+        found = ", ".join(map(repr, columns))
+        raise UserError(
+            f"The manifest {storable(source)!r} lacks {absent}, which promotion.slices names; its columns are: {found}.",
+            "Mend promotion.slices in the spec, or add the columns to the manifest.",
+        )
     for number, row in enumerate(rows, 1):
-        yield _Line(number, *(_text(row.get(name)) for name in COLUMNS))
+        values = tuple(storable(_text(row.get(name)) or EMPTY) for name in slices)
+        image, label, group, split = (_text(row.get(name)) for name in COLUMNS)
+        yield _Line(number, image, label, group, split, values)
 
 
 def _bytes_of(source: str, make_store: StoreFactory) -> bytes:
@@ -97,14 +116,14 @@ def _csv(data: bytes, source: str) -> tuple[list[str], Iterator[Mapping[str, Any
     return columns, iter(rows)
 
 
-def _parquet(data: bytes) -> tuple[list[str], Iterator[Mapping[str, Any]]]:
+def _parquet(data: bytes, slices: Sequence[str]) -> tuple[list[str], Iterator[Mapping[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(io.BytesIO(data)).read()
     table = table.rename_columns([name.strip().lower() for name in table.column_names])
     columns = table.column_names
-    wanted = [name for name in COLUMNS if name in columns]
+    wanted = [name for name in dict.fromkeys((*COLUMNS, *slices)) if name in columns]
     image = table.schema.field("image").type if columns.count("image") == 1 else pa.string()
     if pa.types.is_nested(image) or pa.types.is_binary(image):
         raise ValueError(f"its column image holds {image}, not paths")

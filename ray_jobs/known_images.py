@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from infra.committed_folder import MANIFEST, read_manifest
 from infra.object_store import ObjectStore, join_uri
+from ray_jobs.dataset import FINGERPRINTS
 from ray_jobs.sources import PREPARATION_VERSION, StoreFactory
 
 COLUMNS = ("sha256", "width", "height", "mode", "format", "size_bytes")
@@ -20,7 +21,7 @@ COLUMNS = ("sha256", "width", "height", "mode", "format", "size_bytes")
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What decoding one image told: digest of its bytes, size in pixels when upright, and how its file stores it."""
+    """What decoding one image told: digest of its bytes, size in pixels when upright, how its file stores it, and what it looks like."""
 
     sha256: str
     width: int
@@ -28,6 +29,7 @@ class Facts:
     mode: str
     format: str
     size_bytes: int
+    fingerprint: bytes
 
 
 def former_dataset(store: ObjectStore, storage: str, name: str) -> str | None:
@@ -46,9 +48,11 @@ def known_images(uri: str | None, make_store: StoreFactory) -> Mapping[str, Fact
             return {}
         with pq.ParquetFile(io.BytesIO(_checked(store, uri, "manifest.parquet"))) as file:
             table = file.read(columns=list(COLUMNS))
+        with pq.ParquetFile(io.BytesIO(_checked(store, uri, FINGERPRINTS))) as file:
+            looks = file.read().column("fingerprint").to_pylist()
     except (FileNotFoundError, ValueError):
         return {}
-    facts = map(Facts, *(table.column(name).to_pylist() for name in COLUMNS))
+    facts = map(Facts, *(table.column(name).to_pylist() for name in COLUMNS), looks)
     return {fact.sha256: fact for fact in facts}
 
 

@@ -57,6 +57,19 @@ def measure(probabilities_NK: Floats, labels_N: Ints, classes: Sequence[str], ou
     }  # fmt: skip
 
 
+def aligned(probabilities_NC: Floats, labels: Sequence[str], classes: Sequence[str]) -> tuple[Floats, Floats | None]:
+    """The same probabilities by the data's classes (0 for one that the model does not know), and the highest outside them, if any."""
+    if list(labels) == list(classes):
+        return probabilities_NC, None
+    column = {label: number for number, label in enumerate(labels)}
+    aligned_NK = np.zeros((len(probabilities_NC), len(classes)), probabilities_NC.dtype)
+    for number, label in enumerate(classes):
+        if label in column:
+            aligned_NK[:, number] = probabilities_NC[:, column[label]]
+    outside = [number for label, number in column.items() if label not in set(classes)]
+    return aligned_NK, probabilities_NC[:, outside].max(1) if outside else None
+
+
 def choose(probabilities_NK: Floats, outside_N: Floats | None = None) -> tuple[Ints, Floats]:
     """The predicted class (NO_CLASS where it is none of the data's) and its probability; the first among equals."""
     predicted_N = probabilities_NK.argmax(1).astype(np.int64)

@@ -1,7 +1,7 @@
 """Data preparation without Ray: decode each new image once, split by content, and commit shards, manifest and statistics to S3.
 
 `run` says where the work happens: `in_this_process` here, a bounded map over Ray tasks in prepare_on_ray. Crash order: shards first, then
-manifest.parquet, quarantine.parquet and stats.json, and MANIFEST.json last; a retry writes the same bytes again.
+manifest.parquet, fingerprints.parquet, quarantine.parquet and stats.json, and MANIFEST.json last; a retry writes the same bytes again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from infra import committed_folder
 from infra.committed_folder import Entry, Manifest
 from infra.errors import UserError
-from infra.object_store import join_uri, object_store
+from infra.object_store import ObjectStore, join_uri, object_store
 from ray_jobs import preprocessing
+from ray_jobs.dataset import FINGERPRINTS
+from ray_jobs.fingerprints import fingerprint
 from ray_jobs.known_images import Facts, former_dataset, known_images
 from ray_jobs.preprocessing import BadImageError
 from ray_jobs.sources import (
@@ -83,6 +85,7 @@ class Assembled:
     rows: list[Row]
     quarantined: list[Rejected]
     duplicates: int
+    slices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,14 +104,14 @@ def in_this_process(function: Callable[[Job], Result], jobs: Iterable[Job], /) -
 
 def prepare(spec: Spec, on_progress: OnProgress, *, run: Run = in_this_process, make_store: StoreFactory = object_store) -> dict[str, Any]:
     """Prepare the spec's source and commit it below the spec's storage. Raises UserError where no classifier can be trained on it."""
-    with open_source(spec.data, make_store) as listing:
+    with open_source(spec.data, make_store, spec.promotion.slices) as listing:
         total = len(listing.items) * (1 + WRITING_SHARE)
         former = former_dataset(make_store(), spec.storage, spec.name)
         look = partial(examine, max_megapixels=spec.data.max_megapixels, make_store=make_store, former=former)
         facts = _examine_all(look, listing, spec.data, run, lambda done: on_progress(done, total))
-        assembled = assemble(listing, facts, spec.data)
+        assembled = assemble(listing, facts, spec.data, spec.promotion.slices)
         uri = join_uri(spec.storage, "datasets", spec.name, assembled.version)
-        manifest = committed_folder.read_manifest(make_store(), uri)
+        manifest = _finished(make_store(), uri)
         if manifest is None:
             read = partial(_read_again, listing)
             before = len(listing.items)
@@ -142,7 +145,7 @@ def split_of(item: Item, sha256: str, data: DataSpec) -> str:
     return "holdout" if x < data.val_fraction + data.holdout_fraction else "train"
 
 
-def assemble(listing: Listing, facts: Sequence[Facts | Rejected], data: DataSpec) -> Assembled:
+def assemble(listing: Listing, facts: Sequence[Facts | Rejected], data: DataSpec, slices: tuple[str, ...] = ()) -> Assembled:
     """Decide on the dataset: duplicates once, conflicting ones out, each image on its side. Raises UserError where a class is too small."""
     quarantined = [*listing.rejected, *(fact for fact in facts if isinstance(fact, Rejected))]
     by_digest: dict[str, list[tuple[Item, Facts]]] = {}
@@ -154,20 +157,20 @@ def assemble(listing: Listing, facts: Sequence[Facts | Rejected], data: DataSpec
         if len({item.label for item, _ in copies}) > 1:
             quarantined += _conflicting([item for item, _ in copies])
             continue
-        item, fact = min(copies, key=lambda copy: (copy[0].name, copy[0].group or "", copy[0].split or ""))
+        item, fact = min(copies, key=lambda copy: (copy[0].name, copy[0].group or "", copy[0].split or "", copy[0].slices))
         rows.append(Row(item, fact, split_of(item, sha256, data)))
         duplicates += len(copies) - 1
     rows.sort(key=lambda row: (SPLIT_ORDER.index(row.split), row.facts.sha256))
     quarantined.sort(key=lambda rejected: (rejected.name, rejected.reason, rejected.detail))
     _require_trainable(Counter(item.label for item in listing.items), rows, quarantined)
-    return Assembled(version_of(rows), rows, quarantined, duplicates)
+    return Assembled(version_of(rows, slices), rows, quarantined, duplicates, slices)
 
 
-def version_of(rows: Iterable[Row]) -> str:
-    """32 hex digits that name the content: the same on any machine and in any listing order."""
-    digest = hashlib.sha256()
+def version_of(rows: Iterable[Row], slices: Sequence[str] = ()) -> str:
+    """32 hex digits that name the content: the same on any machine and in any listing order. Slices count where they are named."""
+    digest = hashlib.sha256(json.dumps(list(slices)).encode() + b"\n" if slices else b"")
     for row in sorted(rows, key=lambda row: row.facts.sha256):
-        digest.update(json.dumps([row.facts.sha256, row.item.label, row.split, row.item.group]).encode() + b"\n")
+        digest.update(json.dumps([row.facts.sha256, row.item.label, row.split, row.item.group, *row.item.slices]).encode() + b"\n")
     return digest.hexdigest()[:32]
 
 
@@ -204,6 +207,7 @@ def stats_of(assembled: Assembled) -> dict[str, Any]:
         "width": _spread([row.facts.width for row in rows]),
         "height": _spread([row.facts.height for row in rows]),
         "modes": dict(sorted(Counter(row.facts.mode for row in rows).items())),
+        **({"slices": list(assembled.slices)} if assembled.slices else {}),
         "quarantine_reasons": dict(sorted(Counter(rejected.reason for rejected in assembled.quarantined).items())),
     }
 
@@ -262,7 +266,7 @@ def _examine_one(
     except BadImageError as error:
         return Rejected(item.name, error.reason, error.detail)
     width, height = decoded.image.size
-    return Facts(sha256, width, height, decoded.mode, decoded.format, len(data))
+    return Facts(sha256, width, height, decoded.mode, decoded.format, len(data), fingerprint(decoded.image))
 
 
 def _conflicting(items: list[Item]) -> list[Rejected]:
@@ -292,6 +296,14 @@ def _require_trainable(listed: Counter[str], rows: Sequence[Row], quarantined: S
             raise UserError(f"None of the {len(rows)} images is in {split}.", way_out)
 
 
+def _finished(store: ObjectStore, uri: str) -> Manifest | None:
+    """The folder's manifest; None where there is none yet, or former code wrote the folder: then it is written anew, with what is new."""
+    manifest = committed_folder.read_manifest(store, uri)
+    if manifest is None or json.loads(store.read(join_uri(uri, "stats.json"))).get("preparation") != PREPARATION_VERSION:
+        return None
+    return manifest
+
+
 def _read_again(listing: Listing, item: Item) -> bytes:
     return listing.read(item)
 
@@ -314,7 +326,8 @@ def _write(
         entries.append(entry)
         on_share(len(entries) / len(jobs))
     files = {
-        "manifest.parquet": dataset_tables.manifest_bytes(shards),
+        "manifest.parquet": dataset_tables.manifest_bytes(shards, assembled.slices),
+        FINGERPRINTS: dataset_tables.fingerprints_bytes(shards),
         "quarantine.parquet": dataset_tables.quarantine_bytes(assembled.quarantined),
         "stats.json": json.dumps(stats_of(assembled), indent=1, ensure_ascii=False).encode(),
     }

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Metric = Literal["accuracy", "balanced_accuracy", "macro_f1"]
+NO_SLICES = ("image", "label", "split")  # of the manifest's own columns only group may be a slice: class_floor watches the labels
 
 
 class PromotionSpec(BaseModel):
@@ -23,7 +24,7 @@ class PromotionSpec(BaseModel):
         0.05, ge=0, le=1, description="No class, and no value of a slice, may lose more recall than this beyond its noise; 1: rule off."
     )
     slices: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        (), description="Manifest columns whose values are each held to class_floor, e.g. [camera]."
+        (), description="Columns of the manifest (data.source) whose values are each held to class_floor, e.g. [camera]."
     )
     ece_floor: float = Field(
         0.05, ge=0, le=1, description="The expected calibration error may not rise by more than this beyond its noise; 1: rule off."
@@ -56,7 +57,12 @@ class PromotionSpec(BaseModel):
 
     @field_validator("slices")
     @classmethod
-    def _has_no_duplicates(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(value)) != len(value):
+    def _are_different_columns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """In the manifest's own spelling: its columns are read without regard to case and outer blanks."""
+        columns = tuple(column.strip().lower() for column in value)
+        if len(set(columns)) != len(columns) or "" in columns:
             raise ValueError("must be a list of different columns")
-        return value
+        taken = [column for column in columns if column in NO_SLICES]
+        if taken:
+            raise ValueError(f"{taken[0]!r} is no slice: the columns {', '.join(NO_SLICES)} mean something else; name a further column")
+        return columns

@@ -11,7 +11,7 @@ import re
 import stat
 import unicodedata
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from infra.object_store import ObjectInfo, ObjectStore, join_uri, object_store
 from ray_jobs.preprocessing import BadImageError
 from ray_jobs.spec import DataSpec, digest_of
 
-PREPARATION_VERSION = 1  # goes into the cache key: count it up when the same source would be prepared differently
+PREPARATION_VERSION = 2  # goes into the cache key: count it up when the same source would be prepared differently
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".parquet", ".pq")
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "holdout", "holdout": "holdout"}
 MAX_FILE_BYTES = 256 << 20
@@ -35,7 +35,7 @@ StoreFactory = Callable[[], ObjectStore]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image of a source; `location` is a path, an s3:// URI or a zip member's number."""
+    """One image of a source; `location` is a path, an s3:// URI or a zip member's number; `slices` are the values of the named columns."""
 
     name: str
     label: str
@@ -43,6 +43,7 @@ class Item:
     size_bytes: int
     group: str | None = None
     split: str | None = None
+    slices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +80,14 @@ class _Walk:
 
 
 @contextmanager
-def open_source(data: DataSpec, make_store: StoreFactory = object_store) -> Iterator[Listing]:
-    """List the source of `data`. Raises UserError where it is missing, empty, or not laid out in classes."""
+def open_source(data: DataSpec, make_store: StoreFactory = object_store, slices: Sequence[str] = ()) -> Iterator[Listing]:
+    """List the source of `data`. Raises UserError where it is missing, empty, not laid out in classes, or without the columns `slices`."""
     source, limit = data.source, file_limit(data.max_megapixels)
+    _require_columns(source, slices)
     if source.lower().endswith(MANIFEST_SUFFIXES):
         from ray_jobs.image_manifest import read_image_manifest
 
-        items, rejected = read_image_manifest(source, make_store)
+        items, rejected = read_image_manifest(source, make_store, slices)
         yield _listing(source, items, rejected, lambda item: read_location(item.location, limit, make_store))
     elif source.startswith("s3://"):
         items, rejected = by_class(source, [_found_object(source, info) for info in make_store().list(source)])
@@ -101,13 +103,14 @@ def open_source(data: DataSpec, make_store: StoreFactory = object_store) -> Iter
             yield _listing(source, items, walk.rejected + rejected, lambda item: _read_member(archive, item, limit))
 
 
-def fingerprint(data: DataSpec, make_store: StoreFactory = object_store) -> str:
+def fingerprint(data: DataSpec, make_store: StoreFactory = object_store, slices: Sequence[str] = ()) -> str:
     """Digest of the source's content and of what else decides the prepared dataset. Raises UserError where it is missing or empty."""
     source = data.source
+    _require_columns(source, slices)
     if source.lower().endswith(MANIFEST_SUFFIXES):
         from ray_jobs.image_manifest import fingerprint_of_manifest
 
-        content = fingerprint_of_manifest(source, make_store)
+        content = fingerprint_of_manifest(source, make_store, slices)
     elif source.startswith("s3://"):
         content = sorted([info.uri[len(source) :], info.size_bytes, info.etag] for info in make_store().list(source))
     elif _existing(source).is_dir():
@@ -118,7 +121,8 @@ def fingerprint(data: DataSpec, make_store: StoreFactory = object_store) -> str:
         content = digests_of_files([source])
     if not content:
         raise _empty(source)
-    return digest_of([PREPARATION_VERSION, content, data.val_fraction, data.holdout_fraction, data.max_megapixels])
+    named = [list(slices)] if slices else []
+    return digest_of([PREPARATION_VERSION, content, data.val_fraction, data.holdout_fraction, data.max_megapixels, *named])
 
 
 def file_limit(max_megapixels: float) -> int:
@@ -193,6 +197,14 @@ def missing_source(source: str) -> UserError:
     """The error for a source that is not there."""
     way_out = "Mend data.source in the spec: a folder, a zip, an s3:// prefix or a manifest .csv/.parquet."
     return UserError(f"There is no {storable(source)!r}.", way_out)
+
+
+def _require_columns(source: str, slices: Sequence[str]) -> None:
+    if slices and not source.lower().endswith(MANIFEST_SUFFIXES):
+        raise UserError(
+            f"The slices {', '.join(slices)} are columns of a manifest, but {storable(source)!r} is none.",
+            "Give data.source as a manifest .csv/.tsv/.parquet with these columns, or leave promotion.slices out.",
+        )
 
 
 def _unreadable(source: str, error: OSError) -> UserError:

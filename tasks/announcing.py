@@ -6,6 +6,8 @@ from typing import Any
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
+from ray_jobs.spec import Spec
+from tasks.notifying import send
 from tasks.policies import effect
 
 MOST_ROWS = 100
@@ -19,6 +21,12 @@ def announce(name: str, outcome: dict[str, Any], trials: list[dict[str, Any]], r
     create_link_artifact(
         report_link, link_text="The report", key=_key(name, "report"), description="Search, learning curves, evaluation, mistakes"
     )
+
+
+@effect(name="notify", timeout_s=120)
+def notify(spec: Spec, settled: dict[str, Any]) -> str | None:
+    """Send what was settled to `promotion.webhook`, if there is one; why it did not arrive, or None."""
+    return send(spec.promotion.webhook, spec.name, settled)
 
 
 @effect(name="announce search", timeout_s=120)

@@ -11,7 +11,7 @@ from tasks.policies import step
 
 
 def _key(spec: Spec) -> list[Any]:
-    return [spec.name, spec.storage, sources.fingerprint(spec.data)]
+    return [spec.name, spec.storage, sources.fingerprint(spec.data, slices=spec.promotion.slices)]
 
 
 @step(name="prepare data", key=_key, timeout_s=6 * 3600)

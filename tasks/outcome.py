@@ -6,8 +6,6 @@ from dataclasses import asdict
 from typing import Any
 
 from ray_jobs.search_space import point_of
-from ray_jobs.spec import Spec
-from tasks.promotion import decide, plain_decision
 
 SCORES = (
     "accuracy",
@@ -23,12 +21,9 @@ SCORES = (
 )
 
 
-def judged(spec: Spec, parts: dict[str, Any], model: dict[str, Any], champion: dict[str, Any] | None) -> dict[str, Any]:
-    """The parts of a retraining, with the decision about its model and the seconds of each step so far."""
-    scores = parts["evaluation"]["evaluation"]
-    is_champion = champion is not None and champion["version"] == model["version"]
-    decision = decide(spec.promotion, scores["challenger"], scores.get("champion"), is_champion=is_champion)
-    champion_version = champion["version"] if champion else None
+def judged(parts: dict[str, Any], verdict: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a retraining, with the verdict on its model and the seconds of each step so far."""
+    places = {key: verdict[key] for key in ("version", "champion_version", "evidence_uri")}
     seconds = {
         "prepare": parts["dataset"]["seconds"],
         "cache": parts["features"]["seconds"],
@@ -36,22 +31,24 @@ def judged(spec: Spec, parts: dict[str, Any], model: dict[str, Any], champion: d
         "fit": parts["fit"]["seconds"],
         "evaluate": parts["evaluation"]["seconds"],
     }
-    return {
-        **parts,
-        "decision": plain_decision(decision) | {"version": model["version"], "champion_version": champion_version},
-        "seconds": seconds | {"total": sum(seconds.values())},
-    }
+    return {**parts, "decision": verdict["judgement"] | places, "verdict": verdict, "seconds": seconds | {"total": sum(seconds.values())}}
 
 
 def retrain_outcome(
-    parts: dict[str, Any], model: dict[str, Any], published: dict[str, Any], serving: str | None, flow_run_id: str | None, total_s: float
+    parts: dict[str, Any],
+    model: dict[str, Any],
+    published: dict[str, Any],
+    settled: dict[str, Any],
+    flow_run_id: str | None,
+    total_s: float,
 ) -> dict[str, Any]:
     """What `retrain --json` prints."""
-    fit, scores = parts["fit"], parts["evaluation"]["evaluation"]
+    fit, scores, entry = parts["fit"], parts["evaluation"]["evaluation"], settled["entry"]
     challenger, champion, probe = (_scores(scores.get(role)) for role in ("challenger", "champion", "probe"))
     seconds = {**parts["seconds"], "publish": published["seconds"], "total": total_s}
+    serving = settled["serving"]
     return {
-        "status": parts["decision"]["status"],
+        "status": settled["status"],
         "flow_run_id": flow_run_id,
         "dataset": _dataset(parts["dataset"]),
         "search": _search(parts["search"]),
@@ -65,11 +62,20 @@ def retrain_outcome(
         },
         "evaluation": {"challenger": challenger, "champion": champion, "probe": probe},
         "decision": parts["decision"],
+        "request": settled["request"],
+        "page": settled["page"],
+        "ledger_entry": entry["number"] if entry else None,
         "model": {"name": model["name"], "version": model["version"], "champion_version": serving, "artifact_uri": model["artifact_uri"]},
-        "publish": {key: published[key] for key in ("uri", "objects", "bytes", "verified")},
+        "publish": {key: published[key] for key in ("uri", "objects", "bytes", "verified", "onnx")},
         "report": f"{published['uri']}/report.html",
         "seconds": {step: round(value, 2) for step, value in seconds.items()},
     }
+
+
+def promotion_answer(name: str, settled: dict[str, Any]) -> dict[str, Any]:
+    """What `promote --json` prints: the ledger's entry, or the request that waits for an answer."""
+    found = settled["entry"] or settled["request"]
+    return {"model": name, "status": settled["status"], "page": settled.get("page"), "page_path": settled.get("page_path"), **found}
 
 
 def skipped(outcome: dict[str, Any], flow_run_id: str | None, total_s: float) -> dict[str, Any]:

@@ -1,96 +1,58 @@
-"""The decision whether the challenger becomes champion (pure), and the steps that ask for and move the champion alias."""
+"""The step that carries a verdict out: an entry in the ledger, which is the commit, or a request for approval; then the alias follows.
+
+Crash order: published folder, evidence, ledger entry, alias. A command that was killed in between finds its own entry again by the
+question that it answers; an alias that is behind is put right by whichever command comes next.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
-from infra import registry
-from infra.committed_folder import read_manifest
-from infra.errors import UserError
-from infra.object_store import object_store
-from ray_jobs.promotion_spec import PromotionSpec
+from infra import progress, registry
+from infra.ledger import Content, Entry, serving_since
 from ray_jobs.spec import Spec
+from tasks import approval
+from tasks.ledger_book import append, follow, now, open_book, plain_entry
 from tasks.policies import effect
 
 
-@dataclass(frozen=True)
-class Decision:
-    """Promote or keep, with the figures that decided."""
+@effect(name="promote", timeout_s=600)
+def settle(spec: Spec, verdict: dict[str, Any]) -> dict[str, Any] | None:
+    """Commit a verdict; None where another version serves by now, so that the challenger must be judged again.
 
-    status: Literal["promoted", "kept"]
-    reason: str
-    metric: str
-    challenger: float | None
-    champion: float | None
-    min_gain: float
-
-
-def decide(promotion: PromotionSpec, challenger: dict[str, Any], champion: dict[str, Any] | None, *, is_champion: bool = False) -> Decision:
-    """Judge the challenger's holdout metrics against the champion's.
-
-    The first version is promoted; a later one where it beats the champion by more than `min_gain`. A metric that is
-    missing or NaN promotes nothing. `is_champion`: the challenger is the very model that serves.
+    Returns its "status", the "entry" in the ledger or the "request" for approval (each None where there is none), and who is "serving".
     """
-    metric, min_gain = promotion.metric, promotion.min_gain
-    mine, theirs = _finite(challenger.get(metric)), _finite(champion.get(metric)) if champion else None
-
-    def answer(status: Literal["promoted", "kept"], reason: str) -> Decision:
-        return Decision(status, reason, metric, mine, theirs, min_gain)
-
-    if is_champion:
-        return answer("kept", "this very model already is the champion")
-    if mine is None:
-        return answer("kept", f"the challenger's {metric} is not a number")
-    if champion is None:
-        return answer("promoted", "the first version of this model")
-    if theirs is None:
-        return answer("promoted", f"the champion's {metric} is not a number on this holdout")
-    gain = mine - theirs
-    words = f"{metric} {mine:.4f} against the champion's {theirs:.4f} ({gain:+.4f}; more than {min_gain:+.4f} is asked for)"
-    return answer("promoted" if gain > min_gain else "kept", words)
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+    book, asked = open_book(spec.name, spec.storage), verdict["asked"]
+    entry, request = book.settled(asked["request"]), None
+    registry.set_alias(spec.name, registry.CHALLENGER, verdict["version"])
+    if entry is None and not verdict["is_champion"]:
+        if follow(book)[0] != verdict["champion_version"]:
+            progress.say(f"Another version of {spec.name} became champion meanwhile: judging again.")
+            return None
+        if verdict["status"] == "awaiting_approval":
+            request = approval.ask(book, spec, verdict)
+        elif (entry := append(book, _content(verdict))) is None:
+            progress.say(f"Another version of {spec.name} became champion meanwhile: judging again.")
+            return None
+    status = _status_of(entry) if entry else verdict["status"]
+    serving, _ = follow(book := book.read_again())
+    if verdict["is_champion"]:
+        entry = serving_since(book.entries)
+    return {"status": status, "entry": plain_entry(entry) if entry else None, "request": request, "serving": serving}
 
 
-def plain_decision(decision: Decision) -> dict[str, Any]:
-    """The decision as plain values."""
-    return asdict(decision)
+def _status_of(entry: Entry) -> str:
+    return "promoted" if entry.verdict == "promoted" else "kept"
 
 
-@effect(name="find champion", timeout_s=300)
-def find_champion(spec: Spec) -> dict[str, Any] | None:
-    """The version that serves now and the URI of its model folder, or None."""
-    found = registry.champion(spec.name)
-    if found is None:
-        return None
-    uri = found.tags.get("unfreeze.artifact_uri", "")
-    if not uri or read_manifest(object_store(), uri) is None:
-        raise UserError(
-            f"The champion, version {found.version} of {spec.name}, has no published model folder ({uri or 'no tag names it'}).",
-            "It cannot be judged against: publish it again, or move the alias `champion` to another version.",
-        )
-    return {"version": found.version, "artifact_uri": uri, "identity": found.tags.get("unfreeze.identity")}
+def _content(verdict: dict[str, Any]) -> Content:
+    asked, judgement = verdict["asked"], verdict["judgement"]
+    return Content(
+        at=now(), by=asked["by"], verdict=judgement["status"], from_version=verdict["champion_version"], to_version=verdict["version"],
+        reason=words(asked["reason"], judgement["reason"]), evidence_uri=verdict["evidence_uri"], digests=verdict["digests"],
+    )  # fmt: skip
 
 
-@effect(name="promote", timeout_s=300)
-def promote(spec: Spec, version: str, decision: dict[str, Any], believed_champion: str | None) -> str | None:
-    """Let the alias challenger name the new version, and champion too where it was promoted; the version that serves.
-
-    Raises UserError where another champion came in between: the decision was made against one that no longer serves.
-    """
-    current = registry.champion(spec.name)
-    current_version = current.version if current else None
-    registry.set_alias(spec.name, registry.CHALLENGER, version)
-    if decision["status"] != "promoted" or current_version == version:
-        return current_version
-    if current_version != believed_champion:
-        raise UserError(
-            f"Version {current_version} of {spec.name} became champion while version {version} was judged against {believed_champion}.",
-            "Run the same command again: it judges against the new champion, and computes nothing twice.",
-        )
-    registry.set_alias(spec.name, registry.CHAMPION, version)
-    return version
+def words(given: str, found: str) -> str:
+    """A reason that a person gave, before what was found."""
+    return f"{given}: {found}" if given else found

@@ -7,40 +7,96 @@ import time
 from pathlib import Path
 from typing import Any
 
-from infra import progress, registry, settings
+from rich.markup import escape
+
+from infra import progress, ray_cluster, registry, settings
 from infra.committed_folder import commit, fetch, read_manifest, verify
 from infra.errors import ServiceError
-from infra.object_store import join_uri, object_store
+from infra.object_store import ObjectStore, join_uri, object_store
 from ray_jobs.spec import Spec, digest_of
 from tasks.backbones import digests
+from tasks.lineage import LINEAGE
 from tasks.policies import effect
 
 MODEL_FILES = ("model.safetensors", "config.json", "labels.json", "preprocessing.json")
 
 
+@effect(name="start the ONNX export", timeout_s=300)
+def start_onnx_export(spec: Spec, dataset: dict[str, Any], fit: dict[str, Any]) -> None:
+    """Let a worker export the model beside what comes before `publish`, which waits for it."""
+    from ray_jobs import onnx_on_ray
+
+    with ray_cluster.connect():
+        onnx_on_ray.start_export(fit["model_uri"], dataset["uri"], spec.storage)
+
+
 @effect(name="publish", timeout_s=3600)
-def publish(spec: Spec, model: dict[str, Any], fit: dict[str, Any], evaluation: dict[str, Any], report: str) -> dict[str, Any]:
-    """Put the version's files on S3, MANIFEST.json last, and read every object back. `report` is the HTML text."""
+def publish(
+    spec: Spec,
+    model: dict[str, Any],
+    fit: dict[str, Any],
+    evaluation: dict[str, Any],
+    lineage: dict[str, Any],
+    report: str,
+    *,
+    serves: bool,
+) -> dict[str, Any]:
+    """Put the version's files on S3, MANIFEST.json last, and read every object back. `report` is the HTML text.
+
+    model.onnx is among them where its answers were verified; a model is published without it rather than not at all. The folder of a
+    version that `serves` is left as it is, unless it is damaged: it must never look unfinished, not even for a moment.
+    """
     started = time.monotonic()
     store, uri = object_store(), model["artifact_uri"]
+    onnx = _onnx(spec, fit, evaluation)
+    transferred = 0
     with progress.step("Publishing to S3") as on_progress:
-        folder = fetch(store, fit["model_uri"], settings.cache_dir() / "models")
-        files: dict[str, Path | bytes] = {name: folder / name for name in MODEL_FILES}
-        files["evaluation.json"] = json.dumps(evaluation["evaluation"], indent=1).encode()
-        files["report.html"] = report.encode("utf-8", "replace")
-        committed = commit(store, uri, files, on_progress=on_progress)
+        if not (serves and _is_sound(store, uri)):
+            files = _files(store, fit, evaluation, lineage, onnx) | {"report.html": report.encode("utf-8", "replace")}
+            transferred = commit(store, uri, files, on_progress=on_progress).transferred
         problems = verify(store, uri)
-    if problems:
+        manifest = read_manifest(store, uri)
+    if problems or manifest is None:
         raise ServiceError(f"{uri} does not match what was published: {problems}", "The same command publishes again.")
-    manifest = committed.manifest
     return {
         "uri": uri,
         "objects": len(manifest.objects),
         "bytes": manifest.size_bytes,
         "verified": True,
-        "transferred": committed.transferred,
+        "transferred": transferred,
+        "onnx": {key: onnx[key] for key in ("exported", "max_difference", "max_logit_difference", "images", "why")},
         "seconds": time.monotonic() - started,
     }
+
+
+def _is_sound(store: ObjectStore, uri: str) -> bool:
+    return read_manifest(store, uri) is not None and not verify(store, uri)
+
+
+def _files(
+    store: ObjectStore, fit: dict[str, Any], evaluation: dict[str, Any], lineage: dict[str, Any], onnx: dict[str, Any]
+) -> dict[str, Path | bytes]:
+    """What is published of a version, by name, but its report."""
+    models = settings.cache_dir() / "models"
+    folder = fetch(store, fit["model_uri"], models)
+    files: dict[str, Path | bytes] = {name: folder / name for name in MODEL_FILES}
+    files["evaluation.json"] = json.dumps(evaluation["evaluation"], indent=1).encode()
+    files[LINEAGE] = json.dumps(lineage, indent=1).encode()
+    if onnx["exported"]:
+        files["model.onnx"] = fetch(store, onnx["uri"], models) / "model.onnx"
+    return files
+
+
+def _onnx(spec: Spec, fit: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The verified ONNX file of the model, or why there is none, which is said in a line."""
+    from ray_jobs import onnx_on_ray
+
+    dataset_uri = join_uri(spec.storage, "datasets", spec.name, evaluation["holdout"]["version"])
+    with progress.step("Exporting to ONNX"), ray_cluster.connect():
+        onnx = onnx_on_ray.export(fit["model_uri"], dataset_uri, spec.storage)
+    if not onnx["exported"]:
+        progress.say(f"[yellow]No ONNX file:[/] {escape(onnx['why'])}. The model is published without it.")
+    return onnx
 
 
 @effect(name="look for a finished retraining", timeout_s=300)

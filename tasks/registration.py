@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import shutil
-import subprocess
 import tempfile
 import warnings
 from pathlib import Path
@@ -17,11 +16,11 @@ from infra.object_store import join_uri, object_store
 from infra.tracking import Metric, RunRecord
 from ray_jobs import preprocessing
 from ray_jobs.spec import Spec
+from tasks.lineage import git_commit
 from tasks.policies import effect
 from tasks.search import common_tags
 
 SERVING_PACKAGES = ("mlflow", "torch", "timm", "pillow", "safetensors", "numpy", "pandas")
-PROJECT = Path(__file__).resolve().parent.parent
 
 
 @effect(name="register", timeout_s=1800)
@@ -44,12 +43,6 @@ def register_model(
         if found.tags.get("unfreeze.artifact_uri") != artifact_uri:
             registry.set_tags(found, {"unfreeze.artifact_uri": artifact_uri})
     return {"name": spec.name, "version": found.version, "run_id": found.run_id, "artifact_uri": artifact_uri}
-
-
-def git_commit() -> str | None:
-    """The commit of this checkout, or None outside a git repository."""
-    answer = subprocess.run(["git", "-C", str(PROJECT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or None if answer.returncode == 0 else None
 
 
 def _register(

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
-
-from ray_jobs import preprocessing
-from tasks import report_figures, report_search, report_words
+from tasks import report_figures, report_promotion, report_search, report_words
 from tasks.report_page import KeyFigure, render_page
+from tasks.report_pictures import DATA_URI, thumbnail, with_images
+from tasks.report_promotion_content import PromotionContent
 from tasks.report_words import Values
 
+__all__ = ["DATA_URI", "ReportContent", "render", "thumbnail"]
+
 MOST_SAMPLES, MOST_MISTAKES, MOST_ROWS = 60, 48, 20
-MOST_PIXELS = 100_000_000
-DATA_URI = re.compile(r"data:image/(?:png|jpeg|webp|gif);base64,[A-Za-z0-9+/=]+")
 STEPS = ("prepare", "cache", "search", "fit", "evaluate", "publish")
 
 
@@ -44,18 +40,21 @@ class ReportContent:
     decision: dict[str, Any]
     seconds: dict[str, float]
     features: dict[str, Any]
+    promotion: dict[str, Any] | None = None  # the values of a PromotionContent by name
 
 
 def render(content: ReportContent) -> str:
     """The whole page as text."""
+    promotion = PromotionContent(**content.promotion) if content.promotion else None
     return render_page(
         "report.html.j2",
         spec=content.spec,
-        figures=figures(content),
+        figures=figures(content) | (report_promotion.figures(promotion) if promotion else {}),
+        promotion=report_promotion.section(promotion) if promotion else None,
         content=content,
         classes=[str(label) for label in content.dataset["classes"]],
         key_figures=key_figures(content),
-        models=models(content.evaluation),
+        models=report_promotion.models(content.evaluation),
         class_rows=class_rows(content.evaluation),
         samples=with_images(some_samples(content.samples)),
         mistakes=with_images(content.mistakes)[:MOST_MISTAKES],
@@ -96,11 +95,6 @@ def key_figures(content: ReportContent) -> list[KeyFigure]:
     ]  # fmt: skip
 
 
-def models(evaluation: Values) -> list[dict[str, Any]]:
-    """Challenger, champion and probe, those that exist, for the table."""
-    return [{"kind": kind, **evaluation[kind]} for kind in report_figures.MODELS if evaluation.get(kind)]
-
-
 def class_rows(evaluation: Values) -> list[dict[str, Any]]:
     """Per class: the challenger's scores with the champion's and the probe's F1, the weakest class first."""
     champion = (evaluation.get("champion") or {}).get("per_class") or {}
@@ -136,20 +130,3 @@ def some_samples(samples: Sequence[Values]) -> list[Values]:
         by_turn.setdefault(seen[label], []).append(sample)
         seen[label] += 1
     return [sample for turn in sorted(by_turn) for sample in by_turn[turn]][:MOST_SAMPLES]
-
-
-def with_images(pictures: Sequence[Values]) -> list[dict[str, Any]]:
-    """Pictures whose address is a picture inside this page; any other address becomes empty, so that the page asks nobody for it."""
-    return [{**one, "image": one["image"] if DATA_URI.fullmatch(str(one.get("image") or "")) else ""} for one in pictures]
-
-
-def thumbnail(data: bytes, side: int = 96) -> str:
-    """A small WebP of an image as a data URI; empty where the bytes are no image that can be read."""
-    try:
-        small = preprocessing.decode(data, MOST_PIXELS)
-        small.thumbnail((side, side), Image.Resampling.LANCZOS)
-        written = io.BytesIO()
-        small.save(written, "WEBP", quality=82)
-    except (preprocessing.BadImageError, OSError):  # a missing picture must not cost the report
-        return ""
-    return "data:image/webp;base64," + base64.b64encode(written.getvalue()).decode("ascii")

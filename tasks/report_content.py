@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import tempfile
 from datetime import datetime
 from pathlib import Path
@@ -15,8 +14,9 @@ from infra.object_store import object_store
 from infra.tracking import Metric, RunRecord
 from ray_jobs.dataset import Dataset, open_dataset
 from ray_jobs.spec import Spec, digest_of
+from tasks.lineage import git_commit
 from tasks.policies import effect
-from tasks.registration import git_commit
+from tasks.promotion_page import page_content
 from tasks.search import common_tags
 
 SAMPLES_PER_CLASS = 2
@@ -57,6 +57,7 @@ def render_report(spec: Spec, parts: dict[str, Any]) -> str:
             decision=parts["decision"],
             seconds=parts["seconds"],
             features=parts["features"],
+            promotion=page_content(spec.name, parts["dataset"], parts["verdict"]),
         )
         return render(content)
 
@@ -73,7 +74,7 @@ def record_evaluation(spec: Spec, parts: dict[str, Any], report: str) -> dict[st
         copy.write_text(report, encoding="utf-8", errors="replace")
         experiment = tracking.experiment_id(spec.name)
         run_id = tracking.write_run(experiment, _evaluation_record(spec, parts, {"evaluation.json": figures, REPORT: copy}))
-    return {"path": str(path), "link": _link(experiment, run_id), "run_id": run_id}
+    return {"path": str(path), "link": tracking.link(experiment, run_id, REPORT), "run_id": run_id}
 
 
 @effect(name="report search", timeout_s=600)
@@ -88,7 +89,7 @@ def report_search(spec: Spec, parts: dict[str, Any], run_id: str) -> dict[str, s
         )  # fmt: skip
         path = _local_copy(f"{spec.name}-search-{parts['search']['search_id'][:8]}", render(content))
         tracking.add_file(run_id, path, as_name=REPORT)
-    return {"path": str(path), "uri": f"runs:/{run_id}/{REPORT}", "link": _link(tracking.experiment_id(spec.name), run_id)}
+    return {"path": str(path), "uri": f"runs:/{run_id}/{REPORT}", "link": tracking.link(tracking.experiment_id(spec.name), run_id, REPORT)}
 
 
 def _local_copy(name: str, report: str) -> Path:
@@ -96,10 +97,6 @@ def _local_copy(name: str, report: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(report, encoding="utf-8", errors="replace")
     return path
-
-
-def _link(experiment: str, run_id: str) -> str:
-    return f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/#/experiments/{experiment}/runs/{run_id}/artifacts/{REPORT}"
 
 
 def _versions() -> dict[str, str]:

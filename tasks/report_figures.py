@@ -142,9 +142,10 @@ def calibration(evaluation: Values) -> Figure | None:
         ]
         if not bins:
             continue
-        most = max(one["count"] for one in bins)
+        most, ece = max(one["count"] for one in bins), number(evaluation[kind].get("ece"))
         figure.add_scatter(
-            x=[one["confidence"] for one in bins], y=[one["accuracy"] for one in bins], mode="lines+markers", name=kind,
+            x=[one["confidence"] for one in bins], y=[one["accuracy"] for one in bins], mode="lines+markers",
+            name=kind if ece is None else f"{kind} (ECE {percent(ece)})",
             line={"color": colour, "width": 2.5 if kind == "challenger" else 1.5}, legendrank=list(MODELS).index(kind),
             marker={"symbol": symbol, "size": [6 + 14 * math.sqrt(one["count"] / most) for one in bins], "opacity": 0.85},
             text=[f"{one['count']} images" for one in bins],

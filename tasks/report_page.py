@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from tasks import report_search_words, report_words
+from tasks import report_promotion_words, report_search_words, report_words
 from tasks.report_figures import Figure
 
 KeyFigure = tuple[str, str, str]
@@ -57,15 +56,6 @@ def finite(value: Any) -> Any:
     return value
 
 
-def when(created_at: str) -> str:
-    """An ISO time as a person reads it, in UTC."""
-    try:
-        moment = datetime.fromisoformat(created_at)
-    except ValueError:
-        return created_at
-    return f"{moment.astimezone(UTC) if moment.tzinfo else moment:%-d %B %Y, %H:%M} UTC"
-
-
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
@@ -73,8 +63,8 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "percent": report_words.percent, "rate": report_words.rate, "duration": report_words.duration, "plain": report_words.plain,
-        "words": report_words.words_of, "counted": report_words.counted, "number": report_words.number, "when": when,
+        "words": report_words.words_of, "counted": report_words.counted, "number": report_words.number, "when": report_words.when,
         "short": report_words.short, "value_of": report_search_words.value_of,
     }  # fmt: skip
-    environment.globals |= {"words_about": report_words, "search_words": report_search_words}
+    environment.globals |= {"words_about": report_words, "search_words": report_search_words, "promotion_words": report_promotion_words}
     return environment

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 Values = Mapping[str, Any]
@@ -108,6 +109,15 @@ def duration(value: Any) -> str:
         return f"{seconds:.1f} s" if seconds >= 0.1 or seconds == 0 else "< 0.1 s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def when(created_at: str) -> str:
+    """An ISO time as a person reads it, in UTC."""
+    try:
+        moment = datetime.fromisoformat(created_at)
+    except ValueError:
+        return created_at
+    return f"{moment.astimezone(UTC) if moment.tzinfo else moment:%-d %B %Y, %H:%M} UTC"
 
 
 def plot_text(value: object, most: int = 22) -> str:

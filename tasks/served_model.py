@@ -47,7 +47,7 @@ class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-def
         encoded = list(model_input["image"])
         for start in range(0, len(encoded), IMAGES_PER_BATCH):
             rows += self._predict_batch(encoded[start : start + IMAGES_PER_BATCH])
-        return pd.DataFrame(rows, columns=["class", "probability", "error"])
+        return pd.DataFrame(rows, columns=["class", "probability", "error"], dtype=object)  # None stays None: JSON knows no NaN
 
     def _predict_batch(self, encoded: list[Any]) -> list[dict[str, Any]]:
         import torch

@@ -22,6 +22,8 @@ from ray_jobs import backbone, checkpoint
 from ray_jobs.evaluate_on_ray import evaluate
 from ray_jobs.fit_on_ray import resources_per_worker, run_fit
 from ray_jobs.spec import Spec
+from tasks.evidence import gather
+from tasks.gate import judge
 from tests.fit_worlds import FitWorld, make_world
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # Ray's own warnings are not ours to mend
@@ -135,6 +137,13 @@ def test_models_are_judged_on_the_same_images_and_equal_ones_only_once(world: Fi
     assert set(scores["challenger"]["per_class"]) == set(world.dataset["classes"])
     table = pq.read_table(io.BytesIO(store.read(found["predictions"]["challenger"]))).to_pylist()
     assert sum(row["true"] == row["predicted"] for row in table) / len(table) == pytest.approx(scores["challenger"]["accuracy"])
+    assert found["labels"]["probe"] == world.dataset["classes"]
+    assert all(max(row["probabilities"]) == pytest.approx(row["probability"]) for row in table)
+    assert all(sum(row["probabilities"]) == pytest.approx(1, abs=1e-5) for row in table)
+    gathered = gather(world.spec, world.dataset, found, {"challenger": [world.dataset["uri"]]}, is_champion=False)
+    assert (gathered.overlap, gathered.unchecked, gathered.holdout["judged"]) == ([], [], world.dataset["holdout"])
+    judgement = judge(gathered.evidence, world.spec.promotion)
+    assert judgement.challenger == judgement.champion == pytest.approx(scores["challenger"]["accuracy"])
     wrong = [row["sha256"] for row in table if row["true"] != row["predicted"]]
     assert {row["sha256"] for row in found["mistakes"]} <= set(wrong)
     assert len(found["mistakes"]) == min(24, len(wrong))
@@ -153,6 +162,19 @@ def test_a_champion_with_fewer_labels_is_wrong_on_the_class_it_does_not_know(wor
     champion, challenger = found["evaluation"]["champion"], found["evaluation"]["challenger"]
     assert champion["per_class"]["red"]["recall"] == 0.0
     assert champion["per_class"]["blue"]["recall"] == challenger["per_class"]["blue"]["recall"]
+
+
+def test_a_model_that_was_altered_is_named_and_judged_by_nobody(world: FitWorld, store: S3ObjectStore) -> None:
+    fit = fitted(world, world.spec)
+    uri = "s3://unfreeze/models/altered/1"
+    files = {info.uri.rsplit("/", 1)[1]: store.read(info.uri) for info in store.list(fit["fit_model_uri"])}
+    del files["MANIFEST.json"]
+    files["labels.json"] = files["labels.json"].replace(b"red", b"scarlet")
+    commit(store, uri, files)
+    store.write(f"{uri}/model.safetensors", files["model.safetensors"][:-1] + b"x")
+    with pytest.raises(UserError, match=r"models/altered/1/model\.safetensors does not match its MANIFEST") as caught:
+        evaluate(world.dataset, {"challenger": uri}, world.spec.storage, lambda done, total: None)
+    assert f"unfreeze verify {uri}" in caught.value.way_out
 
 
 def test_a_model_that_is_not_there_is_named(world: FitWorld) -> None:

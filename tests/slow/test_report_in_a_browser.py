@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tasks import report_search
+from tasks import report_promotion, report_search
 from tasks.report import render
+from tests.promotion_cases import BROKEN, asked, promotion
 from tests.report_cases import search_content, searched
 from tests.unit.test_report import content
 
@@ -101,6 +102,50 @@ def test_a_phone_scrolls_down_only(browser: Browser, report_file: Path, width: i
         opened.page.evaluate("Math.max(...[...document.querySelectorAll('.plot svg')].map(svg => svg.getBoundingClientRect().right))")
         <= width
     )
+    opened.page.close()
+
+
+@pytest.fixture(scope="module", params=["broken class", "waiting", "first version", "hostile", "three hundred classes", "in a retraining"])
+def promotion_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    many = tuple(f"class {i:03d}" for i in range(300))
+    html = {
+        "broken class": lambda: report_promotion.render(promotion(broken=BROKEN, better=1.4)),
+        "waiting": lambda: report_promotion.render(promotion(better=0.8, status="awaiting_approval", requested=asked(), entry=None)),
+        "first version": lambda: report_promotion.render(promotion(champion=False)),
+        "hostile": lambda: report_promotion.render(
+            promotion(classes=HOSTILE, images=400, name="x" * 60, unchecked=[HOSTILE[1]], status="stale")
+        ),
+        "three hundred classes": lambda: report_promotion.render(promotion(classes=many, images=3000)),
+        "in a retraining": lambda: render(content(search=searched(12), promotion=vars(promotion(broken=BROKEN, better=1.4)))),
+    }[str(request.param)]()
+    path = tmp_path_factory.mktemp("promotion") / f"{request.param}.html"
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
+def test_a_promotion_shows_every_section_without_a_complaint_a_request_or_a_thing_cut_off(
+    browser: Browser, promotion_file: Path, width: int, scheme: str
+) -> None:
+    opened = Opened(browser, promotion_file, width=width, scheme=scheme)
+    assert {"comparison", "calibration"} <= opened.drawn()
+    first = promotion_file.stem == "first version"
+    for part in ("decision", "gain", *(() if first else ("classes", "slices")), "calibration", "disagreements", "evidence"):
+        assert opened.page.locator(f"#{part} h2").is_visible(), part
+    for drawing in opened.page.locator(".forest tbody tr:visible .dot").all()[:3]:
+        box, row = drawing.bounding_box(), drawing.locator("xpath=ancestor::td").bounding_box()
+        assert box
+        assert row
+        assert row["x"] <= box["x"]
+        assert box["x"] + box["width"] <= row["x"] + row["width"]
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+    assert opened.complaints == []
+    assert [url for url in opened.requests if not url.startswith("data:")] == [promotion_file.as_uri()]
+    opened.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    opened.page.set_viewport_size({"width": 680, "height": 900})
+    opened.page.emulate_media(media="print")
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= 688  # A4 less its margins, in CSS pixels
+    assert opened.page.pdf(format="A4")[:5] == b"%PDF-"
     opened.page.close()
 
 

@@ -18,13 +18,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import ValidationError
 
-from infra.committed_folder import MANIFEST, verify
+from infra.committed_folder import MANIFEST, commit, verify
 from infra.errors import UserError
 from infra.progress import ignore
-from ray_jobs import dataset_tables, prepare
+from ray_jobs import dataset_tables, prepare, sources
 from ray_jobs.dataset import Dataset, open_dataset
+from ray_jobs.fingerprints import FINGERPRINT_BYTES, fingerprint
 from ray_jobs.prepare import Facts, Row, assemble, shards_of, split_of, version_of
+from ray_jobs.promotion_spec import PromotionSpec
 from ray_jobs.sources import Item, Listing, Rejected
 from ray_jobs.spec import Spec, parse_spec
 from tests import strategies
@@ -51,7 +54,7 @@ def quarantine(dataset: Dataset) -> dict[str, str]:
 
 
 def facts(sha256: str) -> Facts:
-    return Facts(sha256, 4, 4, "RGB", "PNG", 100)
+    return Facts(sha256, 4, 4, "RGB", "PNG", 100, bytes(FINGERPRINT_BYTES))
 
 
 def assembled(pairs: list[tuple[Item, str]], data: Any) -> prepare.Assembled:
@@ -157,7 +160,7 @@ def test_what_lies_on_s3_is_the_contract(tmp_path: Path) -> None:
     uri = f"s3://bucket/lab/datasets/pets/{result['version']}"
     assert result["uri"] == uri
     assert verify(store, uri) == []
-    keys = {"shards/00000.parquet", "manifest.parquet", "quarantine.parquet", "stats.json", MANIFEST}
+    keys = {"shards/00000.parquet", "manifest.parquet", "fingerprints.parquet", "quarantine.parquet", "stats.json", MANIFEST}
     assert {key[len(uri) + 1 :] for key in store.objects} == keys
     shard = pq.ParquetFile(io.BytesIO(store.objects[f"{uri}/shards/00000.parquet"])).read()
     manifest = pq.ParquetFile(io.BytesIO(store.objects[f"{uri}/manifest.parquet"])).read()
@@ -443,3 +446,74 @@ def test_a_damaged_dataset_of_before_is_not_believed(key: str, tmp_path: Path, m
     store.objects[f"{uri}/{key}"] = store.objects[f"{uri}/{key}"][:-7] + b"altered"
     write_folder(root, {"cat/new.png": png(4000)})
     assert decoded_while(lambda: prepared(root, store, tmp_path / "cache"), monkeypatch) == 41
+
+
+def test_each_image_has_the_fingerprint_of_what_it_shows_in_the_order_of_the_manifest(tmp_path: Path) -> None:
+    files = two_classes()
+    dataset = prepared(write_folder(tmp_path / "pets", files), MemoryObjectStore(), tmp_path / "cache")
+    looks = dataset.fingerprints()
+    assert looks is not None
+    for name, look in zip(dataset.manifest.column("name").to_pylist(), looks, strict=True):
+        assert look.tobytes() == fingerprint(Image.open(io.BytesIO(files[name])).convert("RGB"))
+
+
+def test_a_dataset_of_former_code_is_written_anew_under_the_same_version(tmp_path: Path) -> None:
+    source, store = write_folder(tmp_path / "pets", two_classes()), MemoryObjectStore()
+    dataset = prepared(source, store, tmp_path / "cache")
+    now = dict(store.objects)
+    stats = json.loads(store.objects[f"{dataset.uri}/stats.json"]) | {"preparation": 1}
+    names = ("manifest.parquet", "quarantine.parquet", "shards/00000.parquet")
+    former = {name: store.objects[f"{dataset.uri}/{name}"] for name in names} | {"stats.json": json.dumps(stats).encode()}
+    commit(store, dataset.uri, former)
+    assert open_dataset(dataset.uri, store, tmp_path / "cache").fingerprints() is None
+    assert prepared(source, store, tmp_path / "cache").uri == dataset.uri
+    assert store.objects == now
+
+
+def sliced(root: Path, cells: str, slices: list[str]) -> Spec:
+    """Pets with a column camera, the images 0 to 19 of each class; `cells` are written in turn."""
+    write_folder(root, two_classes())
+    lines = [f"{name},{name[:3]},{cells[number % len(cells)].strip()}" for number, name in enumerate(two_classes())]
+    (root / "list.csv").write_text("\n".join(["image,label, Camera", *lines]))
+    spec = spec_of(root / "list.csv").model_dump() | {"promotion": {"slices": slices}}
+    return parse_spec(spec)
+
+
+def test_named_slices_are_kept_with_each_image_and_an_empty_cell_is_a_value(tmp_path: Path) -> None:
+    store = MemoryObjectStore()
+    result = prepare.prepare(sliced(tmp_path / "pets", "ab ", ["CAMERA "]), ignore, make_store=lambda: store)
+    dataset = open_dataset(result["uri"], store, tmp_path / "cache")
+    values = dict(zip(dataset.manifest.column("name").to_pylist(), dataset.manifest.column("slice:camera").to_pylist(), strict=True))
+    assert [values[name] for name in list(two_classes())[:4]] == ["a", "b", "(empty)", "a"]
+    assert dataset.stats["slices"] == ["camera"]
+
+
+def test_slices_change_the_version_only_where_they_are_named(tmp_path: Path) -> None:
+    def version(folder: str, cells: str, slices: list[str]) -> tuple[str, str]:
+        spec = sliced(tmp_path / folder, cells, slices)
+        made = prepare.prepare(spec, ignore, make_store=MemoryObjectStore)
+        return made["version"], sources.fingerprint(spec.data, slices=spec.promotion.slices)
+
+    unnamed, named = version("a", "ab", []), version("b", "ab", ["camera"])
+    assert version("c", "ba", []) == unnamed
+    assert (
+        prepare.prepare(spec_of(write_folder(tmp_path / "d", two_classes())), ignore, make_store=MemoryObjectStore)["version"] == unnamed[0]
+    )
+    assert len({unnamed, named, version("e", "ba", ["camera"])}) == 3
+
+
+def test_a_slice_that_the_manifest_lacks_or_that_has_no_manifest_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    spec = sliced(tmp_path / "pets", "ab", ["site"])
+    for source in (spec.data.source, str(tmp_path / "pets")):
+        data = spec.data.model_copy(update={"source": source})
+        with pytest.raises(UserError, match="site") as caught:
+            sources.fingerprint(data, slices=spec.promotion.slices)
+        assert caught.value.way_out
+        with pytest.raises(UserError, match="site"):
+            prepare.prepare(spec.model_copy(update={"data": data}), ignore, make_store=MemoryObjectStore)
+
+
+@pytest.mark.parametrize("slices", [["label"], ["image"], ["Split"], ["camera", "Camera "], [" "]])
+def test_slices_that_mean_something_else_or_come_twice_are_refused(slices: list[str]) -> None:
+    with pytest.raises(ValidationError):
+        PromotionSpec(slices=tuple(slices))

@@ -1,0 +1,88 @@
+"""The seam to Prefect's deployments: what Prefect can start by itself, and the one work pool whose worker carries it out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType, WorkPoolFilter, WorkPoolFilterName
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectException
+from prefect.states import Scheduled
+from prefect.workers.process import ProcessWorker
+
+from infra.errors import ServiceError
+
+POOL = "unfreeze"
+"""A team's own workers take from it too: `prefect worker start --pool unfreeze`, in this project's environment."""
+
+
+@contextmanager
+def prefect_client() -> Iterator[SyncPrefectClient]:
+    """Prefect's client, its errors turned into ours."""
+    try:
+        with get_client(sync_client=True) as client:
+            yield client
+    except (httpx.HTTPError, PrefectException) as error:
+        raise ServiceError(f"Prefect failed: {error}", "Run the command again; where it fails again, look at Prefect's log.") from error
+
+
+def have_pool(client: SyncPrefectClient) -> None:
+    """Make the work pool where there is none; a team's own of that name, of whatever type, stays as it is."""
+    try:
+        client.read_work_pool(POOL)
+    except ObjectNotFound:
+        with suppress(ObjectAlreadyExists):  # somebody made it just now
+            client.create_work_pool(_pool(command=None))
+
+
+def have_pool_of_one_worker(client: SyncPrefectClient, command: str) -> None:
+    """Make or change the work pool of an embedded Prefect, whose one worker starts a flow run with `command`.
+
+    Without a command of its own Prefect starts each flow run in a session of its own, where it would outlive a killed worker unseen.
+    """
+    client.create_work_pool(_pool(command), overwrite=True)
+
+
+def deploy(client: SyncPrefectClient, flow: str, name: str, *, entrypoint: str, parameters: dict[str, Any], description: str) -> UUID:
+    """Create or update a deployment; its id. `entrypoint` is a module path: it holds wherever this project is installed.
+
+    `parameters` is the JSON Schema of what the flow takes.
+    """
+    have_pool(client)
+    flow_id = client.create_flow_from_name(flow)
+    return client.create_deployment(
+        flow_id=flow_id,
+        name=name,
+        work_pool_name=POOL,
+        entrypoint=entrypoint,
+        parameter_openapi_schema=parameters,
+        enforce_parameter_schema=True,
+        description=description,
+    )
+
+
+def start_again_what_was_lost(client: SyncPrefectClient) -> list[UUID]:
+    """Schedule anew each flow run that Prefect believes to be at work. Only for who knows that no worker lives: the ids.
+
+    A flow run whose process was killed stays RUNNING for ever. Every flow of ours can be repeated.
+    """
+    at_work = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING])))
+    pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
+    lost = client.read_flow_runs(flow_run_filter=at_work, work_pool_filter=pool)
+    for flow_run in lost:
+        client.set_flow_run_state(flow_run.id, Scheduled(message="Its process was ended; it starts again."), force=True)
+    return [flow_run.id for flow_run in lost]
+
+
+def _pool(command: str | None) -> WorkPoolCreate:
+    template = ProcessWorker.get_default_base_job_template()
+    if command is not None:
+        template["variables"]["properties"]["command"]["default"] = command
+    said = "What Unfreeze leaves to Prefect: answers to requests for a promotion, scheduled retrainings."
+    return WorkPoolCreate(name=POOL, type=ProcessWorker.type, description=said, base_job_template=template)

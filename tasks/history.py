@@ -1,0 +1,81 @@
+"""What the ledger of a model tells, and whether everything that it stands for is still what it was."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from infra import registry
+from infra.committed_folder import verify as verify_folder
+from infra.errors import UnfreezeError, UserError
+from infra.ledger import SERVING, Entry, readable, verify
+from infra.ledger_choice import open_ledger
+from infra.object_store import ObjectStore, object_store
+from tasks.approval import open_requests
+from tasks.ledger_book import ARTIFACT, find_storage, open_book, plain_entry
+from tasks.lineage import JUDGEMENT, manifest_digest, weights_digest
+
+
+def history(name: str) -> dict[str, Any]:
+    """Every entry, who serves, and which requests wait for an answer. A damaged ledger is shown as far as it can be read."""
+    kept = open_ledger(find_storage(name)).kept(name)
+    findings = verify(kept.entries, kept.copies)
+    entries = [plain_entry(entry) for entry in readable(kept.entries)]
+    waiting = [] if findings else open_requests(open_book(name))
+    return {
+        "model": name,
+        "verified": False if findings else None,
+        "entries": entries,
+        "problems": [str(one) for one in findings],
+        "requests": waiting,
+    }
+
+
+def verified_history(name: str) -> dict[str, Any]:
+    """The history, with the chain, all evidence and the weights of every version that has served looked at byte by byte."""
+    found = history(name)
+    store = object_store()
+    kept = open_ledger(find_storage(name)).kept(name)
+    problems = [*found["problems"]]
+    for entry in readable(kept.entries):
+        problems += [f"entry {entry.number}: {what}" for what in _evidence_problems(store, entry)]
+    problems += _weights_problems(store, name, readable(kept.entries))
+    return found | {"verified": not problems, "problems": problems}
+
+
+def _evidence_problems(store: ObjectStore, entry: Entry) -> list[str]:
+    """What is not as it was judged, in the evidence and in the evaluation that it rests on."""
+    wanted = entry.digests.get("evidence")
+    if not wanted or not entry.evidence_uri:
+        return []
+    problems = _folder_problems(store, entry.evidence_uri, wanted, "evidence")
+    if not problems:
+        evaluation = json.loads(store.read(f"{entry.evidence_uri}/{JUDGEMENT}"))["evaluation"]
+        problems = _folder_problems(store, evaluation["uri"], evaluation["digest"], "evaluation")
+    return problems
+
+
+def _folder_problems(store: ObjectStore, uri: str, wanted: str, what: str) -> list[str]:
+    try:
+        found = [f"{what} altered: {problem.key} at {uri} is {problem.what}" for problem in verify_folder(store, uri)]
+        return found or ([] if manifest_digest(store, uri) == wanted else [f"{what} altered: the manifest at {uri} is another one"])
+    except (UserError, FileNotFoundError):
+        return [f"{what} missing: nothing lies at {uri}"]
+
+
+def _weights_problems(store: ObjectStore, name: str, entries: list[Entry]) -> list[str]:
+    problems = []
+    served = {entry.to_version: entry.digests["weights"] for entry in entries if entry.verdict in SERVING and "weights" in entry.digests}
+    for version, wanted in served.items():
+        found = registry.get(name, version)
+        uri = found.tags.get(ARTIFACT, "") if found else ""
+        if not uri:
+            problems.append(f"version {version}: deleted from MLflow")
+            continue
+        try:
+            problems += [f"version {version}: {problem.key} at {uri} is {problem.what}" for problem in verify_folder(store, uri)]
+            if weights_digest(store, uri) != wanted:
+                problems.append(f"version {version}: the weights at {uri} are not those that were promoted")
+        except UnfreezeError as error:
+            problems.append(f"version {version}: {error.what}")
+    return problems
