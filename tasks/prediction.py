@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra import progress, registry
+from infra import local_stack, progress, registry
 from infra.errors import UserError
 from infra.tracking import client
+from tasks.ledger_book import follow, open_book, tell
 
 FILES_PER_BATCH = 32
 MAX_FILE_BYTES = 512 * 2**20
@@ -66,7 +67,7 @@ def predict(reference: Reference, files: Sequence[Path]) -> Iterator[dict[str, A
 
 def load(reference: Reference) -> Any:
     """The pyfunc model of a registered version. Raises UserError where there is none."""
-    found = registry.by_alias(reference.name, reference.alias) if reference.alias else registry.get(reference.name, reference.version or "")
+    found = _find(reference)
     if found is None:
         which = f"the alias {reference.alias!r}" if reference.alias else f"version {reference.version}"
         raise UserError(f"There is no model {reference.name!r} with {which}.", "Register one with `unfreeze retrain`, or name another.")
@@ -78,6 +79,17 @@ def load(reference: Reference) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return mlflow.pyfunc.load_model(f"models:/{found.name}/{found.version}")
+
+
+def _find(reference: Reference) -> registry.ModelVersion | None:
+    """The champion is whoever serves by the ledger, also where the alias was moved by hand."""
+    if reference.alias == registry.CHAMPION and registry.newest(reference.name) is not None:
+        book = open_book(reference.name, local_stack.DEFAULT_STORAGE)
+        version, notes = follow(book)
+        tell(notes)
+        if book.entries:
+            return registry.get(reference.name, version) if version else None
+    return registry.by_alias(reference.name, reference.alias) if reference.alias else registry.get(reference.name, reference.version or "")
 
 
 def _predict_batch(model: Any, files: Sequence[Path]) -> Iterator[dict[str, Any]]:

@@ -38,6 +38,7 @@ def settle(spec: Spec, verdict: dict[str, Any]) -> dict[str, Any] | None:
     serving, _ = follow(book := book.read_again())
     if verdict["is_champion"]:
         entry = serving_since(book.entries)
+        progress.say(f"Version {verdict['version']} of {spec.name} serves already: nothing was decided.")
     return {"status": status, "entry": plain_entry(entry) if entry else None, "request": request, "serving": serving}
 
 

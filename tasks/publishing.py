@@ -15,6 +15,7 @@ from infra.errors import ServiceError
 from infra.object_store import ObjectStore, join_uri, object_store
 from ray_jobs.spec import Spec, digest_of
 from tasks.backbones import digests
+from tasks.ledger_book import follow, open_book, tell
 from tasks.lineage import LINEAGE
 from tasks.policies import effect
 
@@ -115,8 +116,9 @@ def find_finished(spec: Spec, dataset: dict[str, Any], backbones: list[dict[str,
         or read_manifest(store, model["artifact_uri"]) is None
     ):
         return None
-    champion = registry.champion(model["name"])
-    return {**outcome, "model": {**model, "champion_version": champion.version if champion else None}}
+    serving, notes = follow(open_book(spec.name, spec.storage))
+    tell(notes)
+    return {**outcome, "model": {**model, "champion_version": serving}}
 
 
 @effect(name="remember the retraining", timeout_s=300)

@@ -89,6 +89,10 @@ def test_an_alias_moved_by_hand_is_found_by_the_doctor_and_put_back(site: Site, 
     mended = site.json("doctor", "--fix")
     assert mended["healthy"]
     assert _champion(site) == "2"
+    MlflowClient(site.status["mlflow"]["uri"]).set_registered_model_alias("lead", "champion", "1")
+    predicted = site.run("predict", "lead", site.images / "circle" / "000.png")
+    assert "moved by hand" in predicted.stderr
+    assert _champion(site) == "2"
 
 
 def test_three_stupid_things_get_one_clear_message_each(site: Site, first: dict[str, Any]) -> None:
