@@ -11,7 +11,7 @@ from infra import settings
 from infra.ledger import Ledger
 from infra.ledger_in_sql import SqlLedger, database_url, shown
 from infra.ledger_on_s3 import S3Ledger
-from infra.object_store import enforces_write_if_absent, join_uri, object_store
+from infra.object_store import S3ObjectStore, enforces_write_if_absent, join_uri, object_store
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,13 @@ def choose(storage: str) -> Choice:
 def open_ledger(storage: str) -> Ledger:
     """The ledger of the models below `storage`."""
     database = choose(storage).database
-    return S3Ledger(object_store(), storage) if database is None else SqlLedger(database, object_store(), storage)
+    return _ledger_on_s3(object_store(), storage) if database is None else SqlLedger(database, object_store(), storage)
+
+
+@cache
+def _ledger_on_s3(store: S3ObjectStore, storage: str) -> S3Ledger:
+    """One a process: it knows what it has read."""
+    return S3Ledger(store, storage)
 
 
 @cache

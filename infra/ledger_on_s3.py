@@ -5,6 +5,7 @@ Crash order: nothing but that write happens, so an entry is there whole or not a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -29,22 +30,28 @@ def numbers_on_s3(store: ObjectStore, storage: str, model: str) -> set[int]:
     return found
 
 
-def read_from_s3(store: ObjectStore, storage: str, model: str) -> dict[int, bytes]:
-    """Every object of the chain, by number."""
-    numbers = sorted(numbers_on_s3(store, storage, model))
+def read_from_s3(store: ObjectStore, storage: str, model: str, known: Mapping[int, bytes] | None = None) -> dict[int, bytes]:
+    """Every object of the chain, by number; what is `known` is not read again."""
+    numbers, before = sorted(numbers_on_s3(store, storage, model)), known or {}
+    unknown = [number for number in numbers if number not in before]
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        return dict(zip(numbers, pool.map(lambda number: store.read(entry_uri(storage, model, number)), numbers), strict=True))
+        read = dict(zip(unknown, pool.map(lambda number: store.read(entry_uri(storage, model, number)), unknown), strict=True))
+    return {number: read.get(number) or before[number] for number in numbers}
 
 
 class S3Ledger:
-    """Use it only where `enforces_write_if_absent` says so."""
+    """Use it only where `enforces_write_if_absent` says so. An entry never changes, so each is read once; `kept` reads all anew."""
 
     def __init__(self, store: ObjectStore, storage: str) -> None:
         self.store = store
         self.storage = storage
+        self._known: dict[str, dict[int, bytes]] = {}
 
     def entries(self, model: str) -> list[Entry]:
-        return trusted(model, read_from_s3(self.store, self.storage, model))
+        found = read_from_s3(self.store, self.storage, model, self._known.get(model))
+        entries = trusted(model, found)
+        self._known[model] = found
+        return entries
 
     def append(self, model: str, content: Content, expected_number: int) -> Entry:
         before = None
