@@ -135,6 +135,27 @@ def _cost(cost: dict[str, Any]) -> str:
     return f"features and trials took {cost['measured_s']:.0f} s{estimated}; {saved}"
 
 
+WORKERS = {
+    "running": "the embedded stack's worker runs it, as long as the stack is up",
+    "stopped": "[yellow]none yet[/]: the embedded stack must be up to work by the clock, [bold cyan]unfreeze up[/]",
+    "external": "yours: [bold cyan]prefect worker start --pool unfreeze[/], in this project's environment",
+}
+
+
+def deployed(answer: dict[str, Any]) -> Table:
+    """The scheduled retraining, and when it works next."""
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="dim", no_wrap=True)
+    rows.add_column(overflow="fold")
+    overlap = {"skip": "a start while the last one is still going is refused", "queue": "a start while the last one is still going waits"}
+    rows.add_row("deployed", f"[bold]{escape(answer['deployment'])}[/]")
+    rows.add_row("schedule", f"{escape(answer['cron'])} ({answer['timezone']}); {overlap[answer['overlap']]}")
+    rows.add_row("next", ", ".join(time.replace("T", " ") for time in answer["next"]))
+    rows.add_row("page", Text(answer["url"], overflow="fold"))
+    rows.add_row("worker", WORKERS[answer["worker"]])
+    return rows
+
+
 def promote(answer: dict[str, Any]) -> Group:
     """One entry of the ledger, or a request for approval, with what to do next."""
     name, rows = answer["model"], Table.grid(padding=(0, 2))

@@ -15,7 +15,8 @@ from prefect.states import Completed
 from infra import local_stack
 from infra.errors import UserError
 from tasks.answering import answer_on_page
-from tasks.approval_page import FLOW, answer_of, refuse
+from tasks.approval_page import FLOW, answer_of
+from tasks.deployments import end_as_failed
 
 RETRIES = 3
 RETRY_DELAY_S = 10
@@ -39,6 +40,6 @@ def carry_out(storage: str, model: str, request_id: str, answer_request: Carrier
         with local_stack.session(["s3", "mlflow"], storage=storage):
             entry = answer_request(storage, model, request_id, approve=given.answer == "approve", by=given.by, reason=given.reason)
     except UserError as mistake:
-        return refuse(this, str(mistake))
+        return end_as_failed(this, str(mistake))
     done = "approved" if given.answer == "approve" else "rejected"
     return Completed(message=f"{done} by {given.by}" + (f": {entry['reason']}" if entry.get("reason") else ""))

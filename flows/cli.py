@@ -8,7 +8,7 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -60,6 +60,24 @@ def search(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = False)
     from flows import commands
 
     answers.show(commands.search(spec, overrides or []), as_json=as_json, render=answers.search)
+
+
+@app.command()
+def deploy(
+    spec: SpecPath,
+    cron: Annotated[str, typer.Option(metavar='"0 2 * * *"', help="Minute, hour, day of month, month, day of week.")],
+    overrides: Overrides = None,
+    overlap: Annotated[
+        Literal["skip", "queue"], typer.Option(help="A start while the last one is still going: refused, or it waits.")
+    ] = "skip",
+    timezone: Annotated[str, typer.Option(metavar="ZONE", help="Of the schedule, as Europe/Berlin.")] = "UTC",
+    as_json: AsJson = False,
+) -> None:
+    """Retrain by Prefect's clock: create or change the scheduled deployment."""
+    from flows import commands
+
+    answer = commands.deploy(spec, overrides or [], cron=cron, timezone=timezone, overlap=overlap)
+    answers.show(answer, as_json=as_json, render=answers.deployed)
 
 
 @app.command()

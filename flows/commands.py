@@ -7,17 +7,19 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from infra import committed_folder, local_stack, progress, ray_cluster, settings
 from infra.errors import UnfreezeError, UserError
 from infra.local_stack import Stack
 from infra.object_store import object_store, split_uri
-from infra.settings import SERVICES
+from infra.settings import SERVICES, ServiceName
 from ray_jobs.sources import open_source
 from ray_jobs.spec import Spec, load_spec
+from tasks.cron import next_times
 from tasks.outcome import promotion_answer
 from tasks.warming import await_warm_workers, leave_warm, warm_up
 
@@ -25,7 +27,7 @@ from tasks.warming import await_warm_workers, leave_warm, warm_up
 def retrain(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The whole job; what `retrain --json` prints."""
     spec = _checked(path, overrides)
-    with _services(spec.storage):
+    with services(spec.storage):
         from flows.retrain import retrain as flow
         from tasks.policies import keep_results
 
@@ -36,7 +38,7 @@ def retrain(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 def search(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The search alone; what `search --json` prints."""
     spec = _checked(path, overrides)
-    with _services(spec.storage):
+    with services(spec.storage):
         from flows.search import search as flow
         from tasks.policies import keep_results
 
@@ -44,9 +46,23 @@ def search(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         return answer
 
 
+def deploy(path: Path, overrides: Sequence[str], *, cron: str, timezone: str, overlap: Literal["skip", "queue"]) -> dict[str, Any]:
+    """Create or change the scheduled retraining; what `deploy --json` prints."""
+    strikes = next_times(cron, timezone, datetime.now(UTC))
+    spec = _checked(path, overrides)
+    with progress.step("Deploying"), local_stack.session(["prefect"], storage=spec.storage) as stack:
+        from tasks.schedules import schedule
+
+        deployed = schedule(spec, cron=cron, timezone=timezone, overlap=overlap)
+        external = local_stack.status()["prefect"]["state"] == "external"
+        worker = "external" if external else "running" if stack.stays("prefect") else "stopped"
+    times = [strike.isoformat() for strike in strikes]
+    return {**deployed, "cron": cron, "timezone": timezone, "overlap": overlap, "next": times, "worker": worker}
+
+
 def promote(name: str, version: str | None, reason: str) -> dict[str, Any]:
     """Judge a registered version; what `promote --json` prints."""
-    with _services(local_stack.DEFAULT_STORAGE):  # whoever imports Prefect before it has an address starts a server
+    with services(local_stack.DEFAULT_STORAGE):  # whoever imports Prefect before it has an address starts a server
         from flows.promote import promote as flow
         from tasks.candidate import find_candidate
         from tasks.policies import keep_results
@@ -88,9 +104,12 @@ def history(name: str, *, verify: bool) -> dict[str, Any]:
 
 def doctor(storage: str, *, fix: bool) -> dict[str, Any]:
     """What `doctor --json` prints."""
-    from tasks import doctor as looking
+    wanted: list[ServiceName] = ["s3", "mlflow"]
+    if local_stack.status()["prefect"]["state"] != "stopped":
+        wanted.append("prefect")
+    with local_stack.session(wanted, storage=storage), progress.step("Looking at everything"):
+        from tasks import doctor as looking
 
-    with local_stack.session(["s3", "mlflow"], storage=storage), progress.step("Looking at everything"):
         return looking.diagnose(storage, fix=fix)
 
 
@@ -160,14 +179,19 @@ def status() -> dict[str, Any]:
 def _checked(path: Path, overrides: Sequence[str]) -> Spec:
     """The spec, with what can be checked before any server starts."""
     spec = load_spec(path, overrides)
-    if not spec.data.source.startswith("s3://"):
-        with open_source(spec.data, slices=spec.promotion.slices):
-            pass
+    check_source(spec)
     return spec
 
 
+def check_source(spec: Spec) -> None:
+    """Raise UserError where the images are not there, or no data to learn from."""
+    if not spec.data.source.startswith("s3://"):
+        with open_source(spec.data, slices=spec.promotion.slices):
+            pass
+
+
 @contextmanager
-def _services(storage: str) -> Iterator[None]:
+def services(storage: str) -> Iterator[None]:
     """All four services, and one connection to Ray for all steps."""
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # our own progress speaks; Prefect's lines go to its server
     with ExitStack() as exits:

@@ -10,12 +10,14 @@ from ray_jobs.spec import Spec
 from tasks.announcing import notify
 from tasks.champion import find_champion
 from tasks.evaluation import evaluate
+from tasks.heartbeat import with_heartbeat
 from tasks.judging import asked_by_person, judge_version, roles
 from tasks.promotion import settle
 from tasks.promotion_page import show_promotion
 
 
 @flow(name="promote", flow_run_name="promote {spec.name}", persist_result=False, validate_parameters=True)
+@with_heartbeat
 def promote(spec: Spec, dataset: dict[str, Any], model: dict[str, Any], reason: str) -> dict[str, Any]:
     """The status, and the ledger's entry or the request for approval; `dataset` and `model` as `tasks.candidate` finds them."""
     asked = asked_by_person(reason)

@@ -15,6 +15,7 @@ from tasks.champion import find_champion
 from tasks.datasets import prepare_data
 from tasks.evaluation import evaluate
 from tasks.features import cache_features, together
+from tasks.heartbeat import with_heartbeat
 from tasks.judging import asked_by_retraining, candidate_of, judge_version, roles
 from tasks.lineage import lineage_of
 from tasks.outcome import judged, retrain_outcome, skipped
@@ -29,6 +30,7 @@ from tasks.training import fit_winner
 
 
 @flow(name="retrain", flow_run_name="retrain {spec.name}", persist_result=False, validate_parameters=True)
+@with_heartbeat
 def retrain(spec: Spec) -> dict[str, Any]:
     """Find, fit, judge and publish the next version of one model; what `retrain --json` prints."""
     started = time.monotonic()

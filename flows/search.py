@@ -12,6 +12,7 @@ from tasks.announcing import announce_search
 from tasks.backbones import prepare_backbone
 from tasks.datasets import prepare_data
 from tasks.features import cache_features, together
+from tasks.heartbeat import with_heartbeat
 from tasks.outcome import search_outcome
 from tasks.planning import plan_search
 from tasks.report_content import report_search
@@ -19,6 +20,7 @@ from tasks.search import past_points, record_search, run_search
 
 
 @flow(name="search", flow_run_name="search {spec.name}", persist_result=False, validate_parameters=True)
+@with_heartbeat
 def search(spec: Spec) -> dict[str, Any]:
     """Search unfreeze depth and learning rate; what `search --json` prints."""
     dataset = prepare_data(spec)

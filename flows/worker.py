@@ -10,6 +10,7 @@ import shlex
 import sys
 
 from tasks.deployments import POOL, have_pool_of_one_worker, prefect_client, start_again_what_was_lost
+from tasks.reaper import Watch, reap
 
 
 def main() -> None:
@@ -17,6 +18,7 @@ def main() -> None:
     with prefect_client() as client:
         have_pool_of_one_worker(client, shlex.join([sys.executable, "-m", "prefect.engine"]))
         start_again_what_was_lost(client)
+        reap(client, Watch())  # what a command was killed at, which no worker starts again
     start = ["-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", POOL, "--install-policy", "never"]
     os.execv(sys.executable, [sys.executable, *start])
 

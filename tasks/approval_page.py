@@ -21,7 +21,7 @@ from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterTags
 from prefect.client.schemas.objects import FlowRun, State, StateDetails
 from prefect.input import RunInput
-from prefect.states import Cancelled, Completed, Failed, Suspended
+from prefect.states import Cancelled, Completed, Suspended
 from prefect.utilities.urls import url_for
 from pydantic import Field, ValidationError
 
@@ -88,16 +88,6 @@ def answer_of(flow_run_id: str) -> Answer:
         return Answer.model_validate_json(given)
     except ValidationError as error:
         raise UserError(f"The answer cannot be read: {error}", "Answer with `unfreeze promote --approve` or `--reject`.") from None
-
-
-def refuse(flow_run_id: str, words: str) -> State[Any]:
-    """End the flow run at work as Failed, with these words: what it must return.
-
-    Set by force first: Prefect does not count the first start of a flow run that has waited, and would try its failure once more.
-    """
-    with prefect_client() as client:
-        client.set_flow_run_state(UUID(flow_run_id), Failed(message=words), force=True)
-    return Failed(message=words)  # another one: Prefect takes a state that it has seen for a subflow's, and gives it words of its own
 
 
 def _pages_of(client: SyncPrefectClient, request_id: str) -> list[FlowRun]:

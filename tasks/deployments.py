@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType, WorkPoolFilter, WorkPoolFilterName
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions, State, StateType
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectException
-from prefect.states import Scheduled
+from prefect.states import Failed, Scheduled
 from prefect.workers.process import ProcessWorker
 
 from infra.errors import ServiceError
@@ -22,11 +24,26 @@ POOL = "unfreeze"
 """A team's own workers take from it too: `prefect worker start --pool unfreeze`, in this project's environment."""
 
 
+Overlap = Literal["skip", "queue"]
+"""What becomes of a start while the last flow run is still going: refused, or it waits."""
+OVERLAPS = {"skip": ConcurrencyLimitStrategy.CANCEL_NEW, "queue": ConcurrencyLimitStrategy.ENQUEUE}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When Prefect starts a deployment by itself and with which values; one flow run at a time."""
+
+    cron: str
+    timezone: str
+    overlap: Overlap
+    values: dict[str, Any]
+
+
 @contextmanager
-def prefect_client() -> Iterator[SyncPrefectClient]:
-    """Prefect's client, its errors turned into ours."""
+def prefect_client(timeout_s: float | None = None) -> Iterator[SyncPrefectClient]:
+    """Prefect's client, its errors turned into ours. With a timeout it is a new one, for a thread beside the flow run's own."""
     try:
-        with get_client(sync_client=True) as client:
+        with get_client(sync_client=True, httpx_settings=None if timeout_s is None else {"timeout": timeout_s}) as client:
             yield client
     except (httpx.HTTPError, PrefectException) as error:
         raise ServiceError(f"Prefect failed: {error}", "Run the command again; where it fails again, look at Prefect's log.") from error
@@ -49,7 +66,16 @@ def have_pool_of_one_worker(client: SyncPrefectClient, command: str) -> None:
     client.create_work_pool(_pool(command), overwrite=True)
 
 
-def deploy(client: SyncPrefectClient, flow: str, name: str, *, entrypoint: str, parameters: dict[str, Any], description: str) -> UUID:
+def deploy(
+    client: SyncPrefectClient,
+    flow: str,
+    name: str,
+    *,
+    entrypoint: str,
+    parameters: dict[str, Any],
+    description: str,
+    schedule: Schedule | None = None,
+) -> UUID:
     """Create or update a deployment; its id. `entrypoint` is a module path: it holds wherever this project is installed.
 
     `parameters` is the JSON Schema of what the flow takes.
@@ -64,7 +90,29 @@ def deploy(client: SyncPrefectClient, flow: str, name: str, *, entrypoint: str, 
         parameter_openapi_schema=parameters,
         enforce_parameter_schema=True,
         description=description,
+        **({} if schedule is None else _scheduled(schedule)),
     )
+
+
+def end_as_failed(flow_run_id: str, words: str) -> State[Any]:
+    """End the flow run at work as Failed, with these words and for good: what it must return.
+
+    Set by force first: Prefect would try its failure again, where the flow has retries left (and does not count the first start of a flow
+    run that has waited).
+    """
+    with prefect_client() as client:
+        client.set_flow_run_state(UUID(flow_run_id), Failed(message=words), force=True)
+    return Failed(message=words)  # another one: Prefect takes a state that it has seen for a subflow's, and gives it words of its own
+
+
+def _scheduled(schedule: Schedule) -> dict[str, Any]:
+    strikes = DeploymentScheduleCreate(schedule=CronSchedule(cron=schedule.cron, timezone=schedule.timezone), active=True)
+    return {
+        "schedules": [strikes],
+        "parameters": schedule.values,
+        "concurrency_limit": 1,
+        "concurrency_options": ConcurrencyOptions(collision_strategy=OVERLAPS[schedule.overlap]),
+    }
 
 
 def start_again_what_was_lost(client: SyncPrefectClient) -> list[UUID]:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal
+
+from prefect.client.schemas.objects import FlowRun
 
 from infra import local_stack, reachability, registry
 from infra.committed_folder import verify as verify_folder
 from infra.errors import UnfreezeError
+from infra.lease import Holder
 from infra.ledger import verify as verify_ledger
 from infra.ledger_choice import choose, enforces_conditional_writes, open_ledger
 from infra.object_store import object_store
 from infra.settings import SERVICES
 from tasks.approval import open_requests
+from tasks.deployments import prefect_client
 from tasks.ledger_book import ARTIFACT, PLACE, Book, find_storage, follow, open_book
 from tasks.lineage import weights_digest
+from tasks.reaper import PATIENCE_S, Watch, crash, running
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ def findings(storage: str) -> Iterator[Finding]:
     """Everything, in order: services, the store, then each model that was ever published."""
     yield from services()
     yield _store(storage)
+    yield from flow_runs()
     for name in registry.names():
         if _is_ours(name):
             yield from _model(name)
@@ -65,6 +73,32 @@ def _store(storage: str) -> Finding:
     choice = choose(storage)
     words = f"conditional writes are {'enforced' if enforces else 'ignored'}; the ledger is kept in {choice.where}, because {choice.why}"
     return Finding("store", "ok" if enforces or choice.database is not None else "note", words)
+
+
+def flow_runs() -> Iterator[Finding]:
+    """Those that Prefect takes for RUNNING, where it can be asked; what is wrong with Prefect itself was said already."""
+    if local_stack.status()["prefect"]["state"] == "stopped":
+        return
+    with suppress(UnfreezeError), prefect_client() as client:
+        for flow_run, holder in list(running(client)):
+            yield _flow_run(flow_run, holder)
+
+
+def _flow_run(flow_run: FlowRun, holder: Holder) -> Finding:
+    what = f"flow run {flow_run.name}"
+    if Watch().is_dead(holder):
+        words = f"RUNNING in Prefect, but its process ({holder}) was ended"
+        return Finding(what, "wrong", words, "It is set to Crashed; the next start does it by itself.", lambda: _reap(flow_run, holder))
+    since = flow_run.updated.astimezone(UTC) if flow_run.updated else None
+    if since is None or (datetime.now(UTC) - since).total_seconds() < PATIENCE_S:
+        return Finding(what, "ok", f"at work: {holder}")
+    words = f"RUNNING in Prefect: {holder}, whose last sign of life came at {since:%Y-%m-%d %H:%M:%S} UTC"
+    return Finding(what, "note", words, "Flow runs that are at work watch it, and set it to Crashed after a minute without a sign.")
+
+
+def _reap(flow_run: FlowRun, holder: Holder) -> None:
+    with prefect_client() as client:
+        crash(client, flow_run, holder)
 
 
 def _is_ours(name: str) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from prefect.utilities.urls import url_for
+
 from infra import progress, settings, webhook
 
 
@@ -21,3 +23,19 @@ def decision(model: str, settled: dict[str, Any]) -> dict[str, Any]:
     """The body: the model, the status, who serves now, and the ledger's entry or the request for approval."""
     digest = (settled["entry"] or {}).get("digest") or (settled["request"] or {}).get("id")
     return {"model": model, "digest": digest, **{key: settled.get(key) for key in ("status", "serving", "entry", "request", "page")}}
+
+
+def tell_of_failure(url: str | None, model: str, words: str, flow_run_id: str) -> None:
+    """Tell of a scheduled retraining that has failed for good, where the team listens; what does not arrive is said."""
+    if url is None:
+        return
+    told = {
+        "model": model,
+        "status": "failed",
+        "reason": words,
+        "flow_run_id": flow_run_id,
+        "page": url_for("flow-run", obj_id=flow_run_id),
+    }
+    problem = webhook.notify(url, told, settings.webhook_secret())
+    if problem:
+        progress.say(f"[yellow]note:[/] the webhook {url} did not get the news of the failure: {problem}.")

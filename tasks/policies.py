@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 from prefect import Task, task
 from prefect._internal.result_records import ResultRecord
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.context import TaskRunContext
+from prefect.context import FlowRunContext, TaskRunContext
 from prefect.filesystems import WritableFileSystem
+from prefect.results import ResultStore
 from prefect.serializers import JSONSerializer
 
 from infra.committed_folder import MANIFEST
@@ -79,9 +81,22 @@ def _policy(name: str, timeout_s: float) -> dict[str, Any]:
 
 def keep_results(flow: Any, spec: Spec) -> Any:
     """The flow with its steps' results kept below the spec's storage."""
+    return flow.with_options(result_storage=_result_storage(spec))
+
+
+@contextmanager
+def results_kept(spec: Spec) -> Iterator[None]:
+    """The same for a flow that runs already, whose storage was not known when it began."""
+    this = FlowRunContext.get()
+    assert this is not None, "only within a flow"
+    with this.model_copy(update={"result_store": ResultStore(result_storage=_result_storage(spec))}):
+        yield
+
+
+def _result_storage(spec: Spec) -> StepResults:
     block = StepResults(basepath=join_uri(spec.storage, "steps"))
     block.save(f"unfreeze-{digest_of(spec.storage)[:12]}", overwrite=True)
-    return flow.with_options(result_storage=block)
+    return block
 
 
 def _timed(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
