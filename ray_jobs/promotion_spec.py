@@ -52,7 +52,9 @@ class PromotionSpec(BaseModel):
     approver_differs: bool = Field(False, description="Whoever asked for a promotion may not approve it too.")
     approval_hours: float = Field(168.0, gt=0, le=24 * 366, description="After so many hours an unanswered request expires.")
     webhook: str | None = Field(
-        None, pattern=r"^https?://[^\s/@]+(/\S*)?$", description="URL that gets each decision as JSON, signed with UNFREEZE_WEBHOOK_SECRET."
+        None,
+        pattern=r"^https?://[^\s/@]+(/\S*)?$",
+        description="URL, no secret in it, that gets each decision as JSON, signed with UNFREEZE_WEBHOOK_SECRET.",
     )
 
     @field_validator("slices")
