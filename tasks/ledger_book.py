@@ -128,13 +128,14 @@ def _set(model: str, champion: str | None) -> None:
 def _words(book: Book, named: str | None, champion: str | None) -> str:
     """A crash between entry and alias leaves the alias on the version before; anything else was done by hand."""
     was = f"named version {named}" if named else "was missing"
-    now = f"names version {champion}" if champion else "is removed"
-    last = book.entries[-1] if book.entries else None
-    if last is not None and named == champion_of(book.entries[:-1]) and last.to_version == champion:
-        return f"The alias champion of {book.model} {was}; it {now} now, as entry {last.number} of the ledger says."
+    now = f"It names version {champion} again" if champion else "It is removed"
+    last = book.entries[-1]
+    if named == champion_of(book.entries[:-1]) and last.to_version == champion:
+        why = f"a command was cut off after entry {last.number} of the ledger, or it was moved by hand"
+        return f"The alias champion of {book.model} {was}: {why}. {now}."
     return (
         f"The alias champion of {book.model} {was}, which the ledger does not know of: moved by hand, or another model registry. "
-        f"It {now} again; `unfreeze rollback {book.model} --to VERSION --reason TEXT` is the way to change it."
+        f"{now}; `unfreeze rollback {book.model} --to VERSION --reason TEXT` is the way to change it."
     )
 
 
