@@ -13,8 +13,6 @@ from infra import progress, settings
 from infra.committed_folder import commit
 from infra.object_store import ObjectStore, join_uri, object_store
 from ray_jobs.spec import Spec, digest_of
-from tasks.evidence import gather
-from tasks.gate import judge, plain_judgement
 from tasks.lineage import JUDGEMENT, manifest_digest, weights_digest
 from tasks.policies import effect
 
@@ -49,6 +47,9 @@ def judge_version(
     `model`: its name, version, `model_uri` (where its weights lie), `trained_on` and `code`. `asked`: the question's `request`, `by` whom
     and `reason`.
     """
+    from tasks.evidence import gather  # these load scikit-learn and scipy, 3 s that no command's start is to wait for
+    from tasks.gate import judge, plain_judgement
+
     store, is_champion = object_store(), champion["version"] == model["version"]
     with progress.step("Judging"):
         lineages = {"challenger": model["trained_on"], "champion": champion["trained_on"]}
