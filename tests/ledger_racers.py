@@ -66,7 +66,7 @@ class Race:
                 try:
                     self.acknowledged.append(Acknowledged(racer.number, racer.pipe.recv()))
                     racer.busy = False
-                except EOFError:  # killed
+                except (EOFError, ConnectionResetError):  # killed, perhaps with our message unread
                     racer.pipe.close()
                     self.racers.remove(racer)
 

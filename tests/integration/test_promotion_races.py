@@ -112,7 +112,7 @@ def _round(racers: list[Racer], number: int, victim: Racer | None = None, after_
             racer = busy.pop(pipe)  # type: ignore[call-overload]
             try:
                 racer.told.append(racer.pipe.recv())
-            except EOFError:
+            except (EOFError, ConnectionResetError):  # killed, perhaps with our message unread
                 racers.remove(racer)
     if victim is not None and victim in racers:  # it had answered before the kill
         racers.remove(victim)
