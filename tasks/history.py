@@ -8,7 +8,7 @@ from typing import Any
 from infra import registry
 from infra.committed_folder import verify as verify_folder
 from infra.errors import UnfreezeError, UserError
-from infra.ledger import SERVING, Entry, readable, verify
+from infra.ledger import SERVING, Entry, champion_of, readable, verify
 from infra.ledger_choice import open_ledger
 from infra.object_store import ObjectStore, object_store
 from tasks.approval import open_requests
@@ -33,13 +33,12 @@ def history(name: str) -> dict[str, Any]:
 
 def verified_history(name: str) -> dict[str, Any]:
     """The history, with the chain, all evidence and the weights of every version that has served looked at byte by byte."""
-    found = history(name)
-    store = object_store()
-    kept = open_ledger(find_storage(name)).kept(name)
+    found, store = history(name), object_store()
+    entries = readable(open_ledger(find_storage(name)).kept(name).entries)
     problems = [*found["problems"]]
-    for entry in readable(kept.entries):
+    for entry in entries:
         problems += [f"entry {entry.number}: {what}" for what in _evidence_problems(store, entry)]
-    problems += _weights_problems(store, name, readable(kept.entries))
+    problems += _weights_problems(store, name, entries)
     return found | {"verified": not problems, "problems": problems}
 
 
@@ -70,7 +69,8 @@ def _weights_problems(store: ObjectStore, name: str, entries: list[Entry]) -> li
         found = registry.get(name, version)
         uri = found.tags.get(ARTIFACT, "") if found else ""
         if not uri:
-            problems.append(f"version {version}: deleted from MLflow")
+            if version == champion_of(entries):  # of a former one it is tidying up
+                problems.append(f"version {version} serves, but it was deleted from MLflow")
             continue
         try:
             problems += [f"version {version}: {problem.key} at {uri} is {problem.what}" for problem in verify_folder(store, uri)]

@@ -9,7 +9,7 @@ from infra.committed_folder import read_manifest, verify
 from infra.errors import UserError
 from infra.ledger import Content, former_champions, promotion_of
 from infra.object_store import object_store
-from tasks.ledger_book import ARTIFACT, Book, append, follow, now, open_book, plain_entry, tell
+from tasks.ledger_book import ARTIFACT, Book, append, follow, now, open_book, plain_entry
 from tasks.lineage import read_lineage, weights_digest
 from tasks.notifying import send
 
@@ -58,8 +58,7 @@ def check_published(uri: str, what: str) -> None:
 def roll_back(name: str, to: str | None, reason: str, by: str) -> dict[str, Any]:
     """Put a former champion back, by default the last one; the entry. Raises UserError where it cannot serve."""
     book = open_book(name)
-    serving, notes = follow(book)
-    tell(notes)
+    serving = book.champion  # the alias is put right afterwards: it cannot be while the champion is deleted from MLflow
     version = _chosen(book, serving, to)
     found = describe(book, version)
     check_published(found["artifact_uri"], f"Version {version} of {name}")

@@ -229,6 +229,17 @@ def test_a_rollback_puts_the_last_champion_back_or_the_one_that_is_named(spec: S
     assert verified_history(spec.name)["verified"] is True
 
 
+def test_a_champion_that_was_deleted_from_mlflow_is_named_and_a_rollback_replaces_it(spec: Spec) -> None:
+    first, second = promoted(spec, GOOD, BETTER)
+    client().delete_model_version(spec.name, second)
+    with pytest.raises(UserError, match="deleted from MLflow"):
+        worlds.promote(spec, worlds.register(spec, BEST, 5))
+    assert verified_history(spec.name)["verified"] is False
+    assert serving_of.roll_back(spec.name, None, "it was deleted", "ada")["to"] == first
+    assert serving(spec) == first
+    assert verified_history(spec.name)["verified"] is True
+
+
 def test_nothing_that_does_not_verify_can_be_promoted_or_put_back(spec: Spec) -> None:
     first, _ = promoted(spec, GOOD, BETTER)
     weights = join_uri(spec.storage, "models", spec.name, first, "model.safetensors")
