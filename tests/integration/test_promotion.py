@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,15 +26,6 @@ from tests import promotion_worlds as worlds
 
 pytestmark = pytest.mark.slow
 GOOD, BETTER, BEST = 0.7, 0.85, 0.97
-
-
-@pytest.fixture(scope="module")
-def mlflow_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-    with worlds.mlflow_server(tmp_path_factory.mktemp("mlflow"), port) as url:
-        yield url
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import os
 import random
 import secrets
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,15 +42,6 @@ class Racer:
     pipe: Connection
     process: BaseProcess
     told: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-
-
-@pytest.fixture(scope="module")
-def mlflow_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-    with worlds.mlflow_server(tmp_path_factory.mktemp("mlflow"), port) as url:
-        yield url
 
 
 @pytest.mark.parametrize("kind", ["s3", "sqlite", "postgresql"])
