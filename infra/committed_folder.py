@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
 from infra.errors import UserError
+from infra.in_threads import in_threads
 from infra.object_store import ObjectStore, join_uri
 
 MANIFEST = "MANIFEST.json"
@@ -106,10 +105,9 @@ def commit(
     if before is not None:  # changing a committed folder: it must not look finished while half new
         store.delete([join_uri(uri, MANIFEST)])
     done, total = 0, sum(entry.size for entry in to_send)
-    with ThreadPoolExecutor(TRANSFER_THREADS) as pool:
-        for size in pool.map(lambda entry: _send(store, join_uri(uri, entry.key), files[entry.key]), to_send):
-            done += size
-            on_progress(done, total)
+    for size in in_threads(lambda entry: _send(store, join_uri(uri, entry.key), files[entry.key]), to_send, TRANSFER_THREADS):
+        done += size
+        on_progress(done, total)
     keys = {join_uri(uri, entry.key) for entry in wanted.objects}
     store.delete([info.uri for info in store.list(uri) if info.uri not in keys])
     store.write(join_uri(uri, MANIFEST), wanted.to_json())
@@ -124,8 +122,7 @@ def verify(store: ObjectStore, uri: str) -> list[Problem]:
             f"Nothing was published at {uri}: it has no {MANIFEST}.", "Check the address; `unfreeze retrain` prints it as publish.uri."
         )
     listed = {info.uri: info.size_bytes for info in store.list(uri)}
-    with ThreadPoolExecutor(TRANSFER_THREADS) as pool:
-        found = list(pool.map(lambda entry: _check(store, uri, entry, listed), manifest.objects))
+    found = list(in_threads(lambda entry: _check(store, uri, entry, listed), manifest.objects, TRANSFER_THREADS))
     known = {join_uri(uri, key) for key in [MANIFEST, *(entry.key for entry in manifest.objects)]}
     extra = [Problem(other[len(uri.rstrip("/")) + 1 :], "extra") for other in listed if other not in known]
     return [problem for problem in found if problem] + extra
@@ -145,11 +142,10 @@ def fetch(store: ObjectStore, uri: str, folder: Path) -> Path:
     with FileLock(folder / f"{name}.lock"):
         if target.exists():
             return target
-        aside = folder / f"{name}.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        with ThreadPoolExecutor(TRANSFER_THREADS) as pool:
-            list(pool.map(lambda entry: _receive(store, uri, entry, aside), manifest.objects))
+        aside = folder / f"{name}.partial"  # what an earlier attempt left here is of the same manifest: it carries on
         aside.mkdir(exist_ok=True)
+        for _ in in_threads(lambda entry: _receive(store, uri, entry, aside), manifest.objects, TRANSFER_THREADS):
+            pass
         aside.rename(target)
     return target
 
@@ -192,8 +188,11 @@ def _check(store: ObjectStore, uri: str, entry: Entry, listed: Mapping[str, int]
 
 def _receive(store: ObjectStore, uri: str, entry: Entry, folder: Path, name: str = "") -> None:
     path = folder / (name or entry.key)
+    if path.exists() and _entry(entry.key, path) == entry:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     store.download(join_uri(uri, entry.key), path)
     if _entry(entry.key, path) != entry:
+        path.unlink()
         what = f"{join_uri(uri, entry.key)} does not match its {MANIFEST}: it was altered since it was written, or only half arrived."
         raise UserError(what, f"`unfreeze verify {uri}` says what else differs.")

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from infra import processes
+from infra import patience, processes
 from infra.errors import ServiceError
 from infra.object_store import ObjectStore
 from infra.processes import ProcessRecord
@@ -89,7 +89,7 @@ def hold(store: ObjectStore, uri: str, on_wait: Callable[[Holder], None], waitin
     finally:
         done.set()
         renewing.join()
-        with suppress(ServiceError):  # it would then run out by itself
+        with suppress(ServiceError), patience.at_most(waiting.renew_s):  # it would then run out by itself
             if _is_ours(store, uri, mine):
                 store.delete([uri])
 
@@ -97,7 +97,12 @@ def hold(store: ObjectStore, uri: str, on_wait: Callable[[Holder], None], waitin
 def _wait(store: ObjectStore, uri: str, on_wait: Callable[[Holder], None], waiting: Waiting) -> None:
     """Return when nobody alive holds the lease."""
     last, since, told = None, time.monotonic(), ""
-    while (holder := _read(store, uri)) is not None and not holder.is_dead:
+    while True:
+        asked_at = time.monotonic()
+        holder = _read(store, uri)
+        since += time.monotonic() - asked_at  # while the store does not answer, the holder cannot renew either
+        if holder is None or holder.is_dead:
+            return
         if holder != last:
             last, since = holder, time.monotonic()
         elif time.monotonic() - since > waiting.patience_s:
@@ -112,7 +117,7 @@ def _renew(store: ObjectStore, uri: str, mine: Holder, done: threading.Event, re
     beat = 0
     while not done.wait(renew_s):
         beat += 1
-        with suppress(ServiceError):  # tried again at the next beat
+        with suppress(ServiceError), patience.at_most(renew_s):  # tried again at the next beat
             if not _is_ours(store, uri, mine):
                 return  # taken over while this process was stopped: the work goes on, twice
             _write(store, uri, Holder(**{**asdict(mine), "beat": beat}))

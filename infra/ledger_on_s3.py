@@ -6,9 +6,9 @@ Crash order: nothing but that write happens, so an entry is there whole or not a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+from infra.in_threads import in_threads
 from infra.ledger import Content, Entry, Kept, conflict, encode, next_entry, trusted
 from infra.object_store import ObjectStore, join_uri
 
@@ -34,8 +34,8 @@ def read_from_s3(store: ObjectStore, storage: str, model: str, known: Mapping[in
     """Every object of the chain, by number; what is `known` is not read again."""
     numbers, before = sorted(numbers_on_s3(store, storage, model)), known or {}
     unknown = [number for number in numbers if number not in before]
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        read = dict(zip(unknown, pool.map(lambda number: store.read(entry_uri(storage, model, number)), unknown), strict=True))
+    contents = in_threads(lambda number: store.read(entry_uri(storage, model, number)), unknown, READ_THREADS)
+    read = dict(zip(unknown, contents, strict=True))
     return {number: read.get(number) or before[number] for number in numbers}
 
 
@@ -59,7 +59,7 @@ class S3Ledger:
             before = self.store.read(entry_uri(self.storage, model, expected_number - 1))
         entry = next_entry(model, content, expected_number, before)
         uri, data = entry_uri(self.storage, model, expected_number), encode(entry)
-        # where the answer to a write was lost, boto3 writes again and is refused by its own first write: the same bytes are ours
+        # where the answer to a write was lost for good, whoever tries again is refused by the first write: the same bytes are ours
         if not self.store.write_if_absent(uri, data) and (there := self.store.read(uri)) != data:
             raise conflict(model, expected_number, there)
         return entry

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 _keeps_open: ContextVar[bool] = ContextVar("keeps_open", default=False)
 KEEP_BYTES = str(1024**3)
 """glibc hands large freed blocks back to the system at once, and torch asks for the same again a moment later: see docs/LOG.md."""
-FOR_WORKERS = ("AWS_", "UNFREEZE_CACHE_DIR", "RAY_USAGE_STATS_ENABLED", "NO_PROXY", "no_proxy")
+FOR_WORKERS = ("AWS_", "UNFREEZE_CACHE_DIR", "UNFREEZE_S3_DEADLINE_S", "RAY_USAGE_STATS_ENABLED", "NO_PROXY", "no_proxy")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from infra.errors import UnfreezeError
-from infra.object_store import new_client
+from infra.s3_client import new_client
 from infra.settings import ServiceName
 
 TIMEOUT_S = 10.0

@@ -37,6 +37,7 @@ class Settings(BaseSettings):
     user: str | None = Field(default=None, description="Who promotes, approves and rolls back; by default the login name.")
     webhook_secret: SecretStr | None = Field(default=None, description="Signs what is sent to the webhook that a spec names.")
     num_cpus: float | None = Field(default=None, gt=0, description="CPUs of the embedded Ray; the default is all of the machine's.")
+    s3_deadline_s: float = Field(default=120.0, gt=0, description="How long S3 may refuse, fail or be silent before a request to it fails.")
     start_timeout_s: float = Field(default=180.0, gt=0, description="How long one embedded service may take to answer.")
 
     def external(self, service: ServiceName) -> str | None:

@@ -72,7 +72,8 @@ def enforcing_s3_server() -> Iterator[dict[str, str]]:
 @pytest.fixture
 def enforcing_s3(enforcing_s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """The S3 server that enforces conditional writes as this process's own."""
-    from infra.object_store import new_client, object_store
+    from infra.object_store import object_store
+    from infra.s3_client import new_client
 
     for name, value in enforcing_s3_server.items():
         monkeypatch.setenv(name, value)
@@ -100,7 +101,7 @@ def _free_port() -> int:
 
 
 def _wait_for_port(port: int) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:

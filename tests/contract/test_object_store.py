@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,8 @@ import pytest
 from botocore.awsrequest import AWSRequest, AWSResponse
 
 from infra.errors import ServiceError, UserError
-from infra.object_store import ObjectStore, S3ObjectStore, enforces_write_if_absent, join_uri, new_client, split_uri
+from infra.object_store import ObjectStore, S3ObjectStore, enforces_write_if_absent, join_uri, split_uri
+from infra.s3_client import new_client
 from tests.fakes import MemoryObjectStore
 
 
@@ -78,8 +80,10 @@ def test_refused_credentials_are_the_users_mistake(s3: dict[str, str], monkeypat
 
 def test_a_server_that_is_down_is_a_service_error_after_bounded_retries(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(ServiceError, match="AWS_ENDPOINT_URL"):
+    monkeypatch.setenv("UNFREEZE_S3_DEADLINE_S", "0.5")
+    with pytest.raises(ServiceError, match="AWS_ENDPOINT_URL") as failed:
         S3ObjectStore().read("s3://unfreeze/a")
+    assert re.search(r"S3 at http://127.0.0.1:9 .* GetObject of s3://unfreeze/a: .* \(\d+ attempts? in \d+ s\)", failed.value.what)
 
 
 @pytest.mark.parametrize("uri", ["http://bucket/key", "bucket/key", "s3://", "s3:///key"])

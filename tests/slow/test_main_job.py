@@ -218,6 +218,7 @@ def test_a_service_that_is_down_ends_with_exit_code_3_and_its_name(site: Site) -
         "AWS_ACCESS_KEY_ID": "a",
         "AWS_SECRET_ACCESS_KEY": "b",
         "AWS_DEFAULT_REGION": "us-east-1",
+        "UNFREEZE_S3_DEADLINE_S": "1",
     }
     done = site.run("verify", "s3://unfreeze/models/shapes/1", expect=3, **down)
     assert "127.0.0.1:9" in done.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.committed_folder import MANIFEST, Problem, commit, fetch, read_manifest, verify
@@ -20,6 +20,7 @@ class KilledError(Exception):
     """Stands for the process that dies."""
 
 
+@settings(deadline=None)
 @given(dies_at=st.integers(0, 3))
 def test_a_crash_at_any_write_leaves_no_committed_folder_and_the_next_commit_completes_it(dies_at: int) -> None:
     store = MemoryObjectStore()
@@ -107,3 +108,25 @@ def test_a_folder_whose_manifest_is_damaged_is_written_again() -> None:
         store.write(f"{URI}/{MANIFEST}", damaged)
         assert commit(store, URI, FILES).transferred == len(FILES)
         assert (read_manifest(store, URI), verify(store, URI)) == (manifest, [])
+
+
+def test_a_fetch_that_was_killed_carries_on_with_what_is_here(tmp_path: Path) -> None:
+    store, fetched = MemoryObjectStore(), []
+    commit(store, "s3://bucket/folder", {f"{number}.bin": bytes([number]) for number in range(5)})
+    download = store.download
+
+    def dies_at_the_third(uri: str, path: Path) -> None:
+        fetched.append(uri)
+        if len(fetched) == 3:
+            raise KeyError(uri)
+        download(uri, path)
+
+    store.download = dies_at_the_third  # type: ignore[method-assign]
+    with pytest.raises(KeyError):
+        fetch(store, "s3://bucket/folder", tmp_path)
+    here = len(list(tmp_path.glob("*.partial/*")))
+    fetched.extend(["", "", ""])
+    before = len(fetched)
+    copy = fetch(store, "s3://bucket/folder", tmp_path)
+    assert len(fetched) - before == 5 - here < 5
+    assert sorted(path.read_bytes() for path in copy.iterdir()) == [bytes([number]) for number in range(5)]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load as from_safetensors
 
 from infra.committed_folder import fetch, verify
-from infra.errors import UserError
+from infra.errors import ServiceError, UserError
 from ray_jobs import backbone, images
 from ray_jobs.dataset import open_dataset
 from ray_jobs.evaluate import aligned, load_model, mistakes, probabilities
@@ -266,6 +266,21 @@ def test_a_store_that_refuses_checkpoints_does_not_stop_the_fit(tmp_path: Path) 
     result = result_of(world, world.plan(), tmp_path)
     assert result["epochs"] == 3
     assert result["checkpoint_uri"] is None
+
+
+@pytest.mark.parametrize("refused", ["result.json", "fit/model.safetensors", "probe/MANIFEST.json"])
+def test_a_result_that_cannot_be_written_fails_the_fit(tmp_path: Path, refused: str) -> None:
+    store = MemoryObjectStore()
+    world = make_world(tmp_path, store)
+
+    def refuse(uri: str) -> None:
+        if uri.endswith(refused):
+            raise ServiceError("S3 is down")
+
+    store.before_write = refuse
+    with pytest.raises(ServiceError, match="S3 is down"):
+        result_of(world, world.plan(max_epochs=1), tmp_path)
+    assert not any(uri.endswith("result.json") for uri in store.objects)
 
 
 @settings(deadline=None)

@@ -1,0 +1,135 @@
+"""Objects to S3 against boto3's own transfer and rclone: python benchmarks/transfers.py [--small]
+
+Many small objects and one large, to the embedded S3 server on this machine, which takes its share of the cores. Arms: boto3's upload_file
+one after the other, as its guide teaches; all files in one of boto3's transfer managers; `rclone copy` with 16 transfers; ours. Each arm
+sends to a prefix of its own, which is deleted before the next one. Besides the wall time, the CPU time of our own process an object,
+which other load on the machine does not change. The last rows publish a folder a second time, and count what was sent.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench import Figure, home, in_turns, medians, options, report
+
+SMALL_BYTES = 100_000
+BUCKET = "unfreeze"
+THREADS = 16
+GOAL = 3.0
+
+
+def make_files(folder: Path, count: int, size_bytes: int) -> list[Path]:
+    """Files of random bytes."""
+    folder.mkdir()
+    for number in range(count):
+        with (folder / f"{number:05}").open("wb") as file:
+            for start in range(0, size_bytes, 2**24):
+                file.write(os.urandom(min(2**24, size_bytes - start)))
+    return sorted(folder.iterdir())
+
+
+def boto3_one_by_one(files: list[Path], prefix: str) -> None:
+    import boto3
+
+    client = boto3.session.Session().client("s3")
+    for path in files:
+        client.upload_file(str(path), BUCKET, f"{prefix}/{path.name}")
+
+
+def boto3_manager(files: list[Path], prefix: str) -> None:
+    import boto3
+    from boto3.s3.transfer import TransferConfig, create_transfer_manager
+
+    client = boto3.session.Session().client("s3")
+    with create_transfer_manager(client, TransferConfig()) as manager:
+        for under_way in [manager.upload(str(path), BUCKET, f"{prefix}/{path.name}") for path in files]:
+            under_way.result()
+
+
+def rclone(files: list[Path], prefix: str) -> None:
+    program = Path(sys.executable).with_name("rclone")
+    remote = f":s3,provider=Other,env_auth=true,force_path_style=true,endpoint='{os.environ['AWS_ENDPOINT_URL']}':{BUCKET}/{prefix}"
+    command = [str(program), "copy", str(files[0].parent), remote, "--transfers", str(THREADS), "--config", os.devnull]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+
+def ours(files: list[Path], prefix: str) -> None:
+    from infra.in_threads import in_threads
+    from infra.object_store import S3ObjectStore
+
+    store = S3ObjectStore()
+    for _ in in_threads(lambda path: store.upload(path, f"s3://{BUCKET}/{prefix}/{path.name}"), files, THREADS):
+        pass
+
+
+ARMS: dict[str, Callable[[list[Path], str], None]] = {
+    "boto3 one by one": boto3_one_by_one, "boto3 manager": boto3_manager, "rclone": rclone, "ours": ours,
+}  # fmt: skip
+
+
+def arms_of(files: list[Path], root: Path, cpu: dict[str, list[float]]) -> dict[str, Callable[[], float]]:
+    """Each arm as wall seconds of one upload of all files; what arrived is counted, then deleted."""
+    size_bytes = sum(path.stat().st_size for path in files)
+
+    def timed(name: str) -> float:
+        wall, used = time.perf_counter(), time.process_time()
+        ARMS[name](files, "arm")
+        wall, used = time.perf_counter() - wall, time.process_time() - used
+        cpu.setdefault(name, []).append(used)
+        arrived = [path.stat().st_size for path in (root / "arm").iterdir()]
+        assert (len(arrived), sum(arrived)) == (len(files), size_bytes), name
+        shutil.rmtree(root / "arm")
+        print(f"{name}: {wall:.1f} s, own CPU {used:.1f} s", flush=True)
+        return wall
+
+    return {name: lambda name=name: timed(name) for name in ARMS}  # type: ignore[misc]
+
+
+def publish_twice(files: list[Path]) -> tuple[int, int]:
+    """How many objects the first and the second publish of the same folder sent."""
+    from infra.committed_folder import commit
+    from infra.object_store import S3ObjectStore
+
+    named: dict[str, Path | bytes] = {path.name: path for path in files}
+    first, second = (commit(S3ObjectStore(), f"s3://{BUCKET}/published", named).transferred for _ in range(2))
+    return first, second
+
+
+def measure(files: list[Path], what: str, root: Path, rounds: int, goals: dict[str, float]) -> tuple[list[Figure], dict[str, Any]]:
+    cpu: dict[str, list[float]] = {}
+    found = in_turns(arms_of(files, root, cpu), rounds)
+    middle, used = medians(found), medians(cpu)
+    figures = []
+    for name in (name for name in ARMS if name != "ours"):
+        against = f"{what}: ours against {name} ({middle[name]:.1f} s against {middle['ours']:.1f})"
+        figures.append(Figure(against, middle[name] / middle["ours"], "x", goals.get(name)))
+    per_object = {name: 1000 * used[name] / len(files) for name in ARMS if name != "rclone"}
+    figures += [Figure(f"{what}: CPU of {name} an object", ms, " ms") for name, ms in per_object.items()]
+    return figures, {"wall_s": found, "cpu_s": cpu}
+
+
+def main() -> None:
+    chosen = options(__doc__, objects=(10_000, 300, "small objects"), megabytes=(2_000, 100, "size of the large object"))
+    from infra import local_stack
+
+    with home() as folder, local_stack.session(["s3"], storage=local_stack.DEFAULT_STORAGE):
+        root = next(path for path in (folder / "home").rglob(BUCKET) if path.is_dir())
+        small = make_files(folder / "small", chosen.more.objects, SMALL_BYTES)
+        goals = {} if chosen.small else {"boto3 one by one": GOAL}
+        figures, detail = measure(small, f"{len(small)} x 100 kB", root, chosen.rounds, goals)
+        first, second = publish_twice(small[:100])
+        large = make_files(folder / "large", 1, chosen.more.megabytes * 10**6)
+        more, large_detail = measure(large, f"1 x {chosen.more.megabytes} MB", root, chosen.rounds, {})
+        figures += [*more, Figure(f"objects sent by a publish: {first} at first, then", float(second), "", 0.0, higher=False)]
+    report("Objects to S3", figures, chosen, small=detail, large=large_detail)
+
+
+if __name__ == "__main__":
+    main()
