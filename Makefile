@@ -24,7 +24,7 @@ test: setup
 	@scripts/install-test-tools
 	$(BIN)/pytest -m "not slow and not exhaustive"
 	@# a process each: Ray keeps one cluster's settings for as long as a process lives
-	@for suite in tests/integration/test_*.py tests/slow/test_*.py; do echo "$$suite"; $(BIN)/pytest $$suite || exit 1; done
+	@for suite in tests/contract/test_ray_work.py tests/integration/test_*.py tests/slow/test_*.py; do echo "$$suite"; $(BIN)/pytest $$suite || exit 1; done
 
 check: setup
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from ray_jobs.sources import open_source
 from ray_jobs.spec import Spec, load_spec
 from tasks.cron import next_times
 from tasks.outcome import promotion_answer
+from tasks.ray_work import in_this_process
 from tasks.warming import await_warm_workers, leave_warm, warm_up
 
 
@@ -192,16 +193,17 @@ def check_source(spec: Spec) -> None:
 
 @contextmanager
 def services(storage: str) -> Iterator[None]:
-    """All four services, and one connection to Ray for all steps."""
+    """All four services, and one connection to Ray for all steps, unless they go to a cluster as jobs."""
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # our own progress speaks; Prefect's lines go to its server
     with ExitStack() as exits:
         exits.enter_context(redirect_stdout(sys.stderr))  # Ray tells there of a worker that died; stdout is for the answer alone
         with progress.step("Finding or starting the services"):
             stack = exits.enter_context(local_stack.session(SERVICES, storage=storage))
         exits.callback(_send_logs)
-        warming = partial(warm_up, claim=stack.claim) if stack.stays("ray") else warm_up
-        exits.enter_context(ray_cluster.one_connection(warming))
-        exits.callback(_leave_warm, stack)
+        if in_this_process():
+            warming = partial(warm_up, claim=stack.claim) if stack.stays("ray") else warm_up
+            exits.enter_context(ray_cluster.one_connection(warming))
+            exits.callback(_leave_warm, stack)
         yield
 
 

@@ -27,7 +27,7 @@ def search(spec: Spec) -> dict[str, Any]:
     backbones = [prepare_backbone(spec.with_backbone(backbone)) for backbone in spec.backbones]
     plans = [plan_search(spec, dataset, backbone) for backbone in backbones]
     features = [cache_features(spec, dataset, backbone, plan) for backbone, plan in zip(backbones, plans, strict=True)]
-    found = run_search(spec, dataset, backbones, features, plans, past_points(spec, dataset, backbones))
+    found = run_search(spec, dataset, backbones, features, plans, past_points(spec, dataset, backbones), fits=False)
     run_id = record_search(spec, dataset, backbones, found)
     report = report_search(spec, {"dataset": dataset, "features": together(features), "search": found}, run_id)
     announce_search(spec.name, found["trials_detail"], report["link"])

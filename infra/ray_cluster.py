@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.errors import ServiceError, UnfreezeError, UserError
+from infra.errors import ServiceError, UnfreezeError
 from infra.settings import cache_dir
 
 CONNECT_TIMEOUT_S = 15.0
@@ -24,6 +24,8 @@ LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 CHECK_ALIVE = "Check that the Ray cluster is up, and RAY_ADDRESS, RAY_AUTH_MODE and RAY_AUTH_TOKEN; the same command carries on."
 ROOT = Path(__file__).parents[1]
+INSIDE_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""What Ray sets for the process of a submitted job."""
 _keeps_open: ContextVar[bool] = ContextVar("keeps_open", default=False)
 KEEP_BYTES = str(1024**3)
 """glibc hands large freed blocks back to the system at once, and torch asks for the same again a moment later: see docs/LOG.md."""
@@ -42,19 +44,6 @@ class Cluster:
     def on_this_machine(self) -> bool:
         return self.address.rpartition(":")[0] in LOOPBACK
 
-    def require(self, cpus: float, gpus: float, what: str) -> None:
-        """Raise UserError where `what` can never fit, so that nobody waits for a machine that does not come."""
-        short = [
-            f"{needed:g} {unit} (it has {there:g})"
-            for unit, needed, there in (("CPUs", cpus, self.cpus), ("GPUs", gpus, self.gpus))
-            if needed > there
-        ]
-        if short:
-            raise UserError(
-                f"{what} needs {' and '.join(short)} on the Ray cluster at {self.address}.",
-                "Ask for less in the spec, or name a larger cluster with RAY_ADDRESS (for the embedded one: UNFREEZE_NUM_CPUS).",
-            )
-
 
 @contextmanager
 def connect() -> Iterator[Cluster]:
@@ -63,15 +52,16 @@ def connect() -> Iterator[Cluster]:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         raise ServiceError("RAY_ADDRESS is not set.", "Name a cluster as host:port, or run inside the embedded stack.")
-    _refresh()
+    see_todays_variables()
     import ray
 
     if ray.is_initialized():  # a caller further out holds the connection
         yield _described(address)
         return
-    _require_answer(address)
+    require_answer(address)
+    environment = None if INSIDE_A_JOB in os.environ else runtime_environment(address)  # a job's processes have theirs already
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_environment(address))
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ServiceError(f"Ray at {address} refused this process: {error}", CHECK_ALIVE) from error
     try:
@@ -79,6 +69,13 @@ def connect() -> Iterator[Cluster]:
     finally:
         if not _keeps_open.get():
             ray.shutdown()
+
+
+def machines() -> list[dict[str, float]]:
+    """What each living machine of the connected cluster has in all, whether or not it is in use."""
+    import ray
+
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -135,7 +132,7 @@ def _described(address: str) -> Cluster:
     return Cluster(address, float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0)))
 
 
-def _refresh() -> None:
+def see_todays_variables() -> None:
     """Make Ray see today's variables: it reads these once, on import, which may have been before the embedded stack set them."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or ray.init warns about a coming default
@@ -147,7 +144,7 @@ def _refresh() -> None:
     AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _require_answer(address: str) -> None:
+def require_answer(address: str) -> None:
     """Ask the head who it is. Ray itself would go on asking for many minutes, and write each time about it."""
     if "://" in address or address in {"auto", "local"}:
         return None

@@ -24,7 +24,7 @@ class Settings(BaseSettings):
     aws_endpoint_url: str | None = Field(default=None, validation_alias=AliasChoices("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
     mlflow_tracking_uri: str | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI")
     prefect_api_url: str | None = Field(default=None, validation_alias="PREFECT_API_URL")
-    ray_address: str | None = Field(default=None, validation_alias="RAY_ADDRESS")
+    ray_address: str | None = Field(default=None, validation_alias=AliasChoices("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"))
 
     home: Path = Field(default=Path(".unfreeze"), description="State of the embedded stack.")
     cache_dir: Path | None = Field(default=None, description="Scratch of this machine; the default is `cache` in the home.")

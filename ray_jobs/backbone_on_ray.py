@@ -17,13 +17,14 @@ from ray_jobs.workers import submit
 
 def prepare_backbone(spec: Spec, cluster: Cluster) -> dict[str, Any]:
     """The backbone's config, with its URI and the number of its groups. Raises UserError where it does not fit the spec."""
-    if not cluster.on_this_machine:  # a weights file, or the package that holds it, may be here alone
-        return _prepare(spec)
-    found: dict[str, Any] = result_of(submit(_prepare, spec, name="backbone"))
+    if not cluster.on_this_machine:
+        return prepare_here(spec)
+    found: dict[str, Any] = result_of(submit(prepare_here, spec, name="backbone"))
     return found
 
 
-def _prepare(spec: Spec) -> dict[str, Any]:
+def prepare_here(spec: Spec) -> dict[str, Any]:
+    """The same in this process: a weights file, or the package that holds it, may be on this machine alone."""
     import_timm()
     from ray_jobs import backbone
 

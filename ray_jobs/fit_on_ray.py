@@ -17,18 +17,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-import ray
-
-from infra.errors import ServiceError, UnfreezeError, UserError
+from infra import ray_cluster
+from infra.errors import ServiceError, UnfreezeError
 from infra.object_store import ObjectStore, join_uri, object_store
 from ray_jobs.fit_plan import Plan, plan_fit
 from ray_jobs.light_timm import import_timm
+from ray_jobs.room import fit_demand, require
 from ray_jobs.spec import Spec
 from ray_jobs.workers import close_lanes
 
 POLL_S = 0.3
 RESTARTS = 2  # of the worker group, when a worker or its host dies; each carries on from the last checkpoint
-LOADER_CPUS_PER_GPU = 8
 TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # paid at each report, that is, once an epoch; Ray's own default is 2 s
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # Ray's 60 s are too short for two torch imports on a busy machine
@@ -48,9 +47,11 @@ def run_fit(
     result = read_result(store, plan)
     if result is None:
         close_lanes()  # Ray Train starts processes of its own, which need the memory
-        resources = resources_per_worker(plan.num_workers, ray.cluster_resources())  # type: ignore[no-untyped-call]
-        loaders = int(resources["CPU"]) - 1 if "GPU" in resources else 0
-        _train_on_workers(replace(plan, started_at=time.time(), loader_processes=loaders), resources, store, on_progress)
+        machines = ray_cluster.machines()
+        demand = fit_demand(plan.num_workers, machines)
+        require(demand, machines)
+        loaders = int(demand.each["CPU"]) - 1 if "GPU" in demand.each else 0
+        _train_on_workers(replace(plan, started_at=time.time(), loader_processes=loaders), dict(demand.each), store, on_progress)
         result = read_result(store, plan)
         assert result is not None, f"the fit {plan.fit_id} ended without a result"
     on_progress(plan.max_epochs, plan.max_epochs)
@@ -64,22 +65,6 @@ def read_result(store: ObjectStore, plan: Plan) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return result
-
-
-def resources_per_worker(workers: int, cluster: dict[str, float]) -> dict[str, float]:
-    """What each worker reserves: a GPU where the cluster has any, else a CPU. Raises UserError where that is more than it has."""
-    cpus, gpus = cluster.get("CPU", 0), cluster.get("GPU", 0)
-    if gpus:
-        wanted: dict[str, float] = {"GPU": 1, "CPU": float(max(1, min(LOADER_CPUS_PER_GPU, cpus // max(workers, 1))))}
-    else:
-        wanted = {"CPU": 1}
-    for name, amount in wanted.items():
-        if amount * workers > cluster.get(name, 0):
-            raise UserError(
-                f"The fit needs {workers} workers of 1 {name} each, but the cluster has {cluster.get(name, 0):g} {name}s.",
-                "Lower fit.num_workers, or give Ray more machines.",
-            )
-    return wanted
 
 
 def _train_on_workers(plan: Plan, resources: dict[str, float], store: ObjectStore, on_progress: OnProgress) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from infra import ray_cluster
 from infra.committed_folder import commit, read_manifest
 from infra.object_store import ObjectStore, join_uri, object_store
 from infra.progress import OnProgress
@@ -20,6 +21,7 @@ from ray_jobs.features_on_ray import num_groups_of
 from ray_jobs.fidelity import Halving
 from ray_jobs.probes_on_ray import PROBE_FIGURES, PROBE_HEAD, Probes
 from ray_jobs.proposals import expected_trials, proposer_of
+from ray_jobs.room import places, require_room, trial_resources
 from ray_jobs.search import (
     best_of,
     best_trial,
@@ -40,17 +42,17 @@ from ray_jobs.work import Work
 from ray_jobs.workers import lanes
 
 RESULT = "result.json"
-TRIALS_A_GPU = 4
 
 
 def run_search(
     spec: Spec, dataset: dict[str, Any], backbones: Sequence[dict[str, Any]], features: Sequence[Mapping[str, str]],
-    on_progress: OnProgress, *, sources: Sequence[Mapping[str, int]] | None = None, warm: Sequence[TrialConfig] = (),
+    on_progress: OnProgress, *, sources: Sequence[Mapping[str, int]] | None = None, warm: Sequence[TrialConfig] = (), fits: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the search, carry on with one that was interrupted, or give the stored result of an equal one.
 
     For each of `backbones`, the spec's own first: `features` are URIs by cut, `sources` the cut from which each depth starts (by
-    default its own). `warm` are points of past searches worth trying again. Raises UserError where every trial failed.
+    default its own). `warm` are points of past searches worth trying again. Raises UserError where every trial failed, and at once
+    where the cluster has no room for a trial or, with `fits`, for the fit that comes after.
     """
     store = object_store()
     found_id = search_id(spec, backbone_digests=[one["digest"] for one in backbones], dataset_version=dataset["version"], warm=warm)
@@ -59,6 +61,7 @@ def run_search(
     if read_manifest(store, uri):
         journal.delete()  # what a crash after the commit left
         return dict(json.loads(store.read(join_uri(uri, RESULT))))
+    require_room(spec, ray_cluster.machines(), fits=fits)
     each = zip(backbones, features, sources or [{}] * len(backbones), strict=True)
     works = {backbone_in_points(spec, one["name"]): work_of(spec, dataset, one, cuts, starts) for one, cuts, starts in each}
     for lane in lanes():
@@ -175,11 +178,10 @@ def work_of(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], featu
 
 def _slots() -> tuple[int, dict[str, float]]:
     """Trials at a time, and what one of them occupies."""
-    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    cpus, gpus = max(1, int(have.get("CPU", 1))), int(have.get("GPU", 0))
-    if gpus:
-        return min(cpus, gpus * TRIALS_A_GPU), {"cpu": 1, "gpu": 1 / TRIALS_A_GPU}
-    return cpus, {"cpu": 1}
+    machines = ray_cluster.machines()
+    slot = trial_resources(machines)
+    at_a_time = sum(places(slot, machine) for machine in machines)
+    return max(1, at_a_time), {name.lower(): amount for name, amount in slot.items()}
 
 
 def _halving(search: SearchSpec) -> Halving | None:

@@ -11,6 +11,7 @@ from infra import progress, ray_cluster
 from infra.object_store import object_store
 from ray_jobs.spec import Spec, digest_of
 from tasks.policies import step
+from tasks.ray_work import in_this_process
 
 
 def _key(spec: Spec) -> list[Any]:
@@ -30,8 +31,11 @@ def prepare_backbone(spec: Spec) -> dict[str, Any]:
     """Check the backbone against the spec and store its weights; its URI, digest, groups and preprocessing."""
     from ray_jobs import backbone_on_ray
 
-    with progress.step("Loading the backbone"), ray_cluster.connect() as cluster:
-        return backbone_on_ray.prepare_backbone(spec, cluster)
+    with progress.step("Loading the backbone"):
+        if not in_this_process():
+            return backbone_on_ray.prepare_here(spec)
+        with ray_cluster.connect() as cluster:
+            return backbone_on_ray.prepare_backbone(spec, cluster)
 
 
 def digests(backbones: list[dict[str, Any]]) -> list[str]:

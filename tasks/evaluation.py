@@ -5,9 +5,12 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from infra import progress, ray_cluster
+from infra import progress
+from ray_jobs import step_work
 from ray_jobs.spec import Spec
+from ray_jobs.watch import Watch
 from tasks.policies import step
+from tasks.ray_work import run_on_ray
 
 
 def _key(spec: Spec, dataset: dict[str, Any], models: dict[str, str]) -> list[Any]:
@@ -17,9 +20,8 @@ def _key(spec: Spec, dataset: dict[str, Any], models: dict[str, str]) -> list[An
 @step(name="evaluate", key=_key, timeout_s=6 * 3600)
 def evaluate(spec: Spec, dataset: dict[str, Any], models: dict[str, str]) -> dict[str, Any]:
     """Metrics of each model (`models`: URI of a model folder by role) on the holdout, and the challenger's worst mistakes."""
-    from ray_jobs import evaluate_on_ray
-
     started = datetime.now(UTC)
-    with progress.step("Evaluating on the holdout") as on_progress, ray_cluster.connect():
-        made = evaluate_on_ray.evaluate(dataset, models, spec.storage, on_progress)
+    arguments = {"dataset": dataset, "models": models, "storage": spec.storage}
+    with progress.step("Evaluating on the holdout") as on_progress:
+        made = run_on_ray(step_work.evaluate, arguments, storage=spec.storage, watch=Watch(on_progress))
     return {**made, "at": started.isoformat(timespec="seconds")}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from infra import progress, ray_cluster
+from infra import progress
+from ray_jobs import step_work
 from ray_jobs.spec import Spec
+from ray_jobs.watch import Watch
 from tasks.backbones import which
 from tasks.policies import effect
+from tasks.ray_work import run_on_ray
 
 
 def together(features: list[dict[str, Any]]) -> dict[str, Any]:
@@ -25,8 +28,7 @@ def cache_features(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any]
 
     An effect, not a step: it looks itself at what is cached, checks every byte of this machine's copy, and mends what is damaged.
     """
-    from ray_jobs import features_on_ray
-
     cuts = sorted(set(plan["source"].values()))
-    with progress.step(f"Computing the shared features{which(spec, backbone)}") as on_progress, ray_cluster.connect():
-        return features_on_ray.cache_features(spec, dataset, backbone, on_progress, depths=cuts, say=progress.say)
+    arguments = {"spec": spec.model_dump(mode="json"), "dataset": dataset, "backbone": backbone, "depths": cuts}
+    with progress.step(f"Computing the shared features{which(spec, backbone)}") as on_progress:
+        return run_on_ray(step_work.cache_features, arguments, storage=spec.storage, watch=Watch(on_progress, progress.say))

@@ -6,10 +6,13 @@ import importlib
 import threading
 from typing import Any
 
-from infra import progress, ray_cluster
+from infra import progress
+from ray_jobs import step_work
 from ray_jobs.spec import Spec
+from ray_jobs.watch import Watch
 from tasks.backbones import which
 from tasks.policies import step
+from tasks.ray_work import in_this_process, run_on_ray
 
 
 def _key(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any]) -> list[Any]:
@@ -34,9 +37,8 @@ def whole_plan(backbones: list[dict[str, Any]], plans: list[dict[str, Any]]) -> 
 @step(name="plan search", key=_key, timeout_s=3600)
 def plan_search(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any]) -> dict[str, Any]:
     """For one backbone: the cuts to materialise, where each depth starts from, and the estimate of time and memory."""
-    from ray_jobs import plan_on_ray
-
-    if spec.search.needs_tune:  # it takes seconds to load, and is needed next, while this process only waits here
+    if spec.search.needs_tune and in_this_process():  # it takes seconds to load, and is needed next, while this process only waits here
         threading.Thread(target=importlib.import_module, args=("ray.tune",), daemon=True).start()
-    with progress.step(f"Planning the search{which(spec, backbone)}"), ray_cluster.connect():
-        return plan_on_ray.plan_search(spec, dataset, backbone, views=spec.search.views)
+    with progress.step(f"Planning the search{which(spec, backbone)}"):
+        arguments = {"spec": spec.model_dump(mode="json"), "dataset": dataset, "backbone": backbone}
+        return run_on_ray(step_work.plan_search, arguments, storage=spec.storage, watch=Watch())

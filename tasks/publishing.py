@@ -13,18 +13,23 @@ from infra import progress, ray_cluster, registry, settings
 from infra.committed_folder import commit, fetch, read_manifest, verify
 from infra.errors import ServiceError
 from infra.object_store import ObjectStore, join_uri, object_store
+from ray_jobs import step_work
 from ray_jobs.spec import Spec, digest_of
+from ray_jobs.watch import Watch
 from tasks.backbones import digests
 from tasks.ledger_book import follow, open_book, tell
 from tasks.lineage import LINEAGE
 from tasks.policies import effect
+from tasks.ray_work import in_this_process, run_on_ray
 
 MODEL_FILES = ("model.safetensors", "config.json", "labels.json", "preprocessing.json")
 
 
 @effect(name="start the ONNX export", timeout_s=300)
 def start_onnx_export(spec: Spec, dataset: dict[str, Any], fit: dict[str, Any]) -> None:
-    """Let a worker export the model beside what comes before `publish`, which waits for it."""
+    """Let a worker export the model beside what comes before `publish`, which waits for it; on a cluster elsewhere `publish` starts it."""
+    if not in_this_process():  # a job that nobody watches would not stop with its flow
+        return
     from ray_jobs import onnx_on_ray
 
     with ray_cluster.connect():
@@ -90,11 +95,10 @@ def _files(
 
 def _onnx(spec: Spec, fit: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
     """The verified ONNX file of the model, or why there is none, which is said in a line."""
-    from ray_jobs import onnx_on_ray
-
     dataset_uri = join_uri(spec.storage, "datasets", spec.name, evaluation["holdout"]["version"])
-    with progress.step("Exporting to ONNX"), ray_cluster.connect():
-        onnx = onnx_on_ray.export(fit["model_uri"], dataset_uri, spec.storage)
+    arguments = {"model_uri": fit["model_uri"], "dataset_uri": dataset_uri, "storage": spec.storage}
+    with progress.step("Exporting to ONNX"):
+        onnx = run_on_ray(step_work.export_onnx, arguments, storage=spec.storage, watch=Watch())
     if not onnx["exported"]:
         progress.say(f"[yellow]No ONNX file:[/] {escape(onnx['why'])}. The model is published without it.")
     return onnx

@@ -9,15 +9,18 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from infra import progress, ray_cluster, tracking
+from infra import progress, tracking
 from infra.progress import OnProgress
 from infra.tracking import Metric, RunRecord
+from ray_jobs import step_work
 from ray_jobs.search_space import TrialConfig, backbone_in_points, dimensions, point_of, warm_places
 from ray_jobs.spec import Range, Spec
+from ray_jobs.watch import Watch
 from tasks.backbones import digests
 from tasks.features import together
 from tasks.planning import whole_plan
 from tasks.policies import effect, step
+from tasks.ray_work import run_on_ray
 
 FAILED = {"diverged", "out_of_memory", "failed"}
 
@@ -29,21 +32,29 @@ Each = list[dict[str, Any]]
 """One for each backbone of the search, the spec's own first."""
 
 
-def _key(spec: Spec, dataset: Values, backbones: Each, features: Each, plans: Each, warm: dict[str, list[Values]]) -> list[Any]:
+Warm = dict[str, list[Values]]
+
+
+def _key(spec: Spec, dataset: Values, backbones: Each, features: Each, plans: Each, warm: Warm, fits: bool = True) -> list[Any]:
     return [spec.storage, spec.search.content, spec.fit.augmentation, dataset["version"], *digests(backbones), warm]
 
 
 @step(name="search", key=_key, timeout_s=48 * 3600)
-def run_search(spec: Spec, dataset: Values, backbones: Each, features: Each, plans: Each, warm: dict[str, list[Values]]) -> Values:
-    """The best point of the search, the best probe of its backbone, and every trial."""
-    from ray_jobs import search_on_ray
-
-    again, plan = [TrialConfig(**point) for point in warm["points"]], whole_plan(backbones, plans)
-    cached, sources = [one["features"] for one in features], [one["source"] for one in plans]
-    with progress.step(f"Searching depth and learning rate, about {plan['trials_s']:.0f} s") as on_progress, ray_cluster.connect():
-        found: Values = search_on_ray.run_search(
-            spec, dataset, backbones, cached, _loading_what_comes_next(on_progress), sources=sources, warm=again
-        )
+def run_search(spec: Spec, dataset: Values, backbones: Each, features: Each, plans: Each, warm: Warm, fits: bool = True) -> Values:
+    """The best point of the search, the best probe of its backbone, and every trial; `fits`: its winner will be fitted here too."""
+    plan = whole_plan(backbones, plans)
+    arguments = {
+        "spec": spec.model_dump(mode="json"),
+        "dataset": dataset,
+        "backbones": backbones,
+        "features": [one["features"] for one in features],
+        "sources": [one["source"] for one in plans],
+        "warm": warm["points"],
+        "fits": fits,
+    }
+    with progress.step(f"Searching depth and learning rate, about {plan['trials_s']:.0f} s") as on_progress:
+        watch = Watch(_loading_what_comes_next(on_progress), progress.say)
+        found = run_on_ray(step_work.run_search, arguments, storage=spec.storage, watch=watch)
     prefix_s = together(features)["seconds"]
     cost = {"estimated_s": plan["estimated_s"], "prefix_s": prefix_s, "measured_s": prefix_s + found["seconds"]}
     return {**found, "cost": {**found["cost"], **cost}, "plan": plan}

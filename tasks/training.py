@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from infra import progress, ray_cluster
+from infra import progress
+from ray_jobs import step_work
 from ray_jobs.spec import Spec
+from ray_jobs.watch import Watch
 from tasks.policies import step
+from tasks.ray_work import run_on_ray
 
 
 def _key(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], search: dict[str, Any]) -> list[Any]:
@@ -23,12 +26,11 @@ def _key(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], search: 
 @step(name="fit", key=_key, timeout_s=48 * 3600)
 def fit_winner(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], search: dict[str, Any]) -> dict[str, Any]:
     """The fitted model, or the linear probe where fine-tuning made it worse; its URI and learning curve."""
-    from ray_jobs import fit_on_ray
-
     best = search["best"]
     title = (
         f"Fitting depth {best['unfreeze_depth']}, lr {best['lr']:.2g} on {spec.fit.num_workers} worker{'s' * (spec.fit.num_workers > 1)}"
     )
-    with progress.step(title) as on_progress, ray_cluster.connect():
-        fit = fit_on_ray.run_fit(spec, dataset, backbone, search, on_progress)
+    arguments = {"spec": spec.model_dump(mode="json"), "dataset": dataset, "backbone": backbone, "search": search}
+    with progress.step(title) as on_progress:
+        fit = run_on_ray(step_work.run_fit, arguments, storage=spec.storage, watch=Watch(on_progress))
     return {**fit, "uris": [fit["model_uri"], fit["probe_model_uri"]]}

@@ -20,7 +20,7 @@ from infra.errors import UserError
 from infra.object_store import S3ObjectStore, object_store
 from ray_jobs import backbone, checkpoint
 from ray_jobs.evaluate_on_ray import evaluate
-from ray_jobs.fit_on_ray import resources_per_worker, run_fit
+from ray_jobs.fit_on_ray import run_fit
 from ray_jobs.spec import Spec
 from tasks.evidence import gather
 from tasks.gate import judge
@@ -122,9 +122,6 @@ def test_more_workers_than_the_cluster_has_are_refused_by_name(world: FitWorld) 
     spec = world.spec.model_copy(update={"fit": world.spec.fit.model_copy(update={"num_workers": 3})})
     with pytest.raises(UserError, match="3 workers of 1 CPU each, but the cluster has 2 CPUs"):
         fitted(world, spec)
-    with pytest.raises(UserError, match="2 workers of 1 GPU each, but the cluster has 1 GPUs"):
-        resources_per_worker(2, {"CPU": 8, "GPU": 1})
-    assert resources_per_worker(2, {"CPU": 8, "GPU": 2}) == {"CPU": 4, "GPU": 1}
 
 
 def test_models_are_judged_on_the_same_images_and_equal_ones_only_once(world: FitWorld, store: S3ObjectStore) -> None:

@@ -1,0 +1,69 @@
+"""What a submitted job runs on the cluster: `python -m ray_jobs.job URI` does what the request in that folder asks, and leaves the outcome.
+
+An error of ours arrives at the caller as itself. A job that is stopped leaves no outcome.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import time
+
+from infra import ray_cluster
+from infra.errors import UnfreezeError
+from infra.object_store import object_store
+from infra.progress import Watcher
+from ray_jobs import job_environment
+from ray_jobs.job_objects import JobObjects, Plain, Progress
+from ray_jobs.watch import Watch, Work
+
+TELL_EVERY_S = 1.0
+
+
+class _Teller:
+    """Passes on what the work tells, at most once a second, so that a fast step does not spend its time writing objects."""
+
+    def __init__(self, objects: JobObjects) -> None:
+        self.objects, self.last, self.now = objects, 0.0, Progress()
+
+    def on_progress(self, done: float, total: float) -> None:
+        self.now = Progress(done, total, self.now.said)
+        if time.monotonic() - self.last >= TELL_EVERY_S:
+            self._tell()
+
+    def say(self, text: str) -> None:
+        self.now = Progress(self.now.done, self.now.total, [*self.now.said, text])
+        self._tell()
+
+    def _tell(self) -> None:
+        self.objects.tell(self.now)
+        self.last = time.monotonic()
+
+
+def find(entry: str) -> Work:
+    """The function that `module:name` names."""
+    module, _, name = entry.partition(":")
+    found: Work = getattr(importlib.import_module(module), name)
+    return found
+
+
+def run(uri: str) -> int:
+    """Do what is asked; the exit code of the process, which Ray shows."""
+    objects = JobObjects(object_store(), uri)
+    entry, arguments = objects.request()
+    teller = _Teller(objects)
+    try:
+        with ray_cluster.connect():
+            result: Plain = find(entry)(Watch(Watcher(teller.on_progress), teller.say), **arguments)
+    except Exception as error:
+        objects.fail(error, teller.now.said)
+        logging.error("%s", error, exc_info=None if isinstance(error, UnfreezeError) else error)
+        return error.exit_code if isinstance(error, UnfreezeError) else 1
+    objects.succeed(result, teller.now.said)
+    return 0
+
+
+if __name__ == "__main__":
+    job_environment.take()
+    sys.exit(run(sys.argv[1]))
