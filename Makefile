@@ -13,7 +13,8 @@ setup: .venv/.ready
 .venv/.ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "Unfreeze needs Python 3.11: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }
 	@test -x $(BIN)/uv || { echo "Setting up .venv (once) ..."; $(PYTHON) -m venv .venv && $(BIN)/pip install -q uv; }
-	@$(BIN)/uv pip install -q --python $(BIN)/python -r requirements.txt
+	@# compiled once here, in half a minute: a command starts a dozen processes, each of which would compile its imports where Python may not write them
+	@$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -r requirements.txt
 	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
 	@touch $@
 
