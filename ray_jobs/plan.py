@@ -66,6 +66,8 @@ class Workload:
 
 
 HARDLY_MORE = 1.05
+TRIAL_S = 0.03
+"""What Tune, the journal and the lanes take for a trial beside its training, whatever the plan (benchmarks/trial_overhead.py)."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ def evaluate(facts: Calibration, work: Workload, cuts: Sequence[int]) -> Plan:
     source = {depth: min(cut for cut in (*chosen, facts.num_groups) if cut >= depth) for depth in sorted(work.trials)}
     size = sum(_rows(work) * facts.depths[cut].size_bytes for cut in chosen)
     prefix_s = _pass_s(facts, work, min(chosen, default=facts.num_groups)) + size / facts.write_bytes_per_s / work.workers
-    return Plan(chosen, source, prefix_s, sum(_used_s(facts, work, [depth], start) for depth, start in source.items()), size)
+    trials_s = sum(_used_s(facts, work, [depth], start) + work.trials[depth] * TRIAL_S for depth, start in source.items())
+    return Plan(chosen, source, prefix_s, trials_s, size)
 
 
 def expected_epochs(scheduler: str, max_epochs: int, trials: int) -> float:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_jobs.plan import HARDLY_MORE, Calibration, DepthCost, Workload, evaluate, expected_epochs, plan, steady_plan
+from ray_jobs.plan import HARDLY_MORE, TRIAL_S, Calibration, DepthCost, Workload, evaluate, expected_epochs, plan, steady_plan
 
 GROUPS = 8
 
@@ -102,3 +102,9 @@ def test_planning_many_depths_takes_far_less_than_a_second() -> None:
 def test_a_calibration_survives_json() -> None:
     known = like_a_network([1e-3] * (GROUPS + 1), [1000] * (GROUPS + 1), 1e9)
     assert Calibration.from_plain(json.loads(json.dumps(known.to_plain()))) == known
+
+
+def test_many_trials_that_train_next_to_nothing_are_not_said_to_be_free() -> None:
+    tiny = facts({0: (1e-6, 1e-9, 1e-9, 4), GROUPS: (0.0, 1e-6, 1e-6, 0)})
+    found = evaluate(tiny, Workload({0: 1_000}, epochs=1, train=10, val=10), [0])
+    assert found.trials_s == pytest.approx(1_000 * TRIAL_S, rel=0.01)
