@@ -41,6 +41,8 @@ TRAIN_SETTINGS = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # Ray's own default is 5 s
 }
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+"""One more process; for nothing where there is but one machine, since then there is no other to go on with."""
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ def _train(plan: Plan, begun: Demand, least: int, store: ObjectStore, watch: Wat
         there = ray_cluster.living()
         demand = demand_now(begun, plan.num_workers, least, list(there.values()))
         started_at = _position(store, plan)
-        end, error = _attempt(plan, demand, store, watch)
+        end, error = _attempt(plan, demand, store, watch, is_watched=len(there) > 1)
         position = _position(store, plan)
         outcome = Outcome(
             end=end, is_mistake=isinstance(_own_error(error), UserError), was_preempted=_was_preempted(error),
@@ -93,10 +95,10 @@ def _train(plan: Plan, begun: Demand, least: int, store: ObjectStore, watch: Wat
             raise _explained(error, plan, failures) from error
         failures += decision.is_failure
         log.warning("the fit goes on from epoch %d, step %d: %s; %s", *position, decision.reason, error or "no error")
-        watch.say(f"  The fit goes on after {_words(position)}: {decision.reason}.")
+        watch.say(f"The fit goes on after {_words(position)}: {decision.reason}.")
 
 
-def _attempt(plan: Plan, demand: Demand, store: ObjectStore, watch: Watch) -> tuple[End | None, BaseException | None]:
+def _attempt(plan: Plan, demand: Demand, store: ObjectStore, watch: Watch, *, is_watched: bool) -> tuple[End | None, BaseException | None]:
     """How one attempt ended, or what it failed of. In a thread, so that Ray leaves the process's Ctrl-C alone."""
     ended: list[End] = []
     failures: list[BaseException] = []
@@ -104,11 +106,12 @@ def _attempt(plan: Plan, demand: Demand, store: ObjectStore, watch: Watch) -> tu
 
     def fit() -> None:
         try:
-            ended.append(_trainer(plan, demand, folder).fit().return_value)
+            ended.append(_trainer(plan, demand, folder, is_watched).fit().return_value)
         except BaseException as error:
             failures.append(error)
 
-    with tempfile.TemporaryDirectory(prefix="unfreeze-ray-train-") as folder, _environment(TRAIN_SETTINGS):
+    settings = {**TRAIN_SETTINGS, WATCHER: str(int(is_watched))}
+    with tempfile.TemporaryDirectory(prefix="unfreeze-ray-train-") as folder, _environment(settings):
         thread = threading.Thread(target=fit, name="ray-train", daemon=True)
         thread.start()
         while thread.is_alive():
@@ -117,14 +120,14 @@ def _attempt(plan: Plan, demand: Demand, store: ObjectStore, watch: Watch) -> tu
     return (ended[0], None) if ended else (None, failures[0])
 
 
-def _trainer(plan: Plan, demand: Demand, folder: str) -> Any:
+def _trainer(plan: Plan, demand: Demand, folder: str, is_watched: bool) -> Any:
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
     resources = dict(demand.each)
     return TorchTrainer(
-        _train_one_rank,
-        train_loop_config={"plan": asdict(plan), "resources": resources},
+        _train_one_rank,  # type: ignore[arg-type]  # what rank 0 returns is the result's return_value
+        train_loop_config={"plan": asdict(plan), "resources": resources, "is_watched": is_watched},
         scaling_config=ScalingConfig(num_workers=demand.count, use_gpu="GPU" in resources, resources_per_worker=resources),
         run_config=RunConfig(  # type: ignore[arg-type]  # V2's, which is what the trainer checks for
             name=plan.fit_id,
@@ -152,7 +155,7 @@ def _train_one_rank(config: dict[str, Any]) -> End:
         torch.set_num_threads(1)  # one CPU is what this worker reserved
     with _queue(plan.num_workers - rank.world if rank.number == 0 else 0, config["resources"]) as is_free:
         asks = Asks(
-            is_called_away=lambda: ray.train.get_preemption_info() is not None,
+            is_called_away=(lambda: ray.train.get_preemption_info() is not None) if config["is_watched"] else never,
             has_room=(lambda: broadcast_from_rank_zero(is_free())) if rank.world < plan.num_workers else never,
         )
         return train(plan, rank, store=object_store(), cache=cache_dir(), on_epoch=lambda row: ray.train.report(asdict(row)), asks=asks)

@@ -54,10 +54,11 @@ class Machines:
     def kill(self, node_id: str) -> None:
         """As when its plug is pulled: raylet and workers at once."""
         node = self.raylets.pop(node_id)
-        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        for process in [raylet, *raylet.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        with suppress(psutil.NoSuchProcess):  # one that was drained may have ended by itself
+            raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+            for process in [raylet, *raylet.children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
         self.cluster.remove_node(node, allow_graceful=False)
 
     def drain(self, node_id: str) -> None:
@@ -91,13 +92,15 @@ def machines(s3_server: dict[str, str], tmp_path_factory: pytest.TempPathFactory
     cache = str(tmp_path_factory.mktemp("cache"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNFREEZE_CACHE_DIR", cache)
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv(ray_cluster.LOOPBACK_ONLY, "0")
+        ray_cluster.see_todays_variables()
         found = Machines()
         variables = {**s3_server, "UNFREEZE_CACHE_DIR": cache, "PYTHONPATH": os.getcwd()}
         ray.init(address=found.cluster.address, log_to_driver=False, runtime_env={"env_vars": variables})
         yield found
         ray.shutdown()
         found.cluster.shutdown()
+    ray_cluster.see_todays_variables()
 
 
 class Fit:

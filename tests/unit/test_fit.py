@@ -245,7 +245,7 @@ def test_a_fit_called_away_at_any_step_goes_on_at_that_step_as_if_never_stopped(
     world: FitWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: int, workers: int
 ) -> None:
     monkeypatch.setattr(fit_module, "STEPS_BETWEEN_LOOKS", 1)
-    changes = {"unfreeze_depth": 3, "num_workers": workers, "batch_size": 8 // workers, "max_epochs": 2}
+    changes = {"unfreeze_depth": 3, "num_workers": workers, "batch_size": 8 if workers == 1 else 4, "max_epochs": 2}
     undisturbed = result_of(world, world.plan(fit_uri=f"s3://unfreeze/fits/calm-{workers}", **changes), tmp_path)
     plan = world.plan(fit_uri=f"s3://unfreeze/fits/called-{workers}-{looks}", **changes)
     steps = steps_per_epoch(len(Training(plan, ALONE, world.store, tmp_path).train_labels_N), workers, plan.batch_size)
