@@ -85,7 +85,7 @@ def _train(plan: Plan, begun: Demand, least: int, store: ObjectStore, watch: Wat
         position = _position(store, plan)
         outcome = Outcome(
             end=end, is_mistake=isinstance(_own_error(error), UserError), was_preempted=_was_preempted(error),
-            machines_gone=0 if end else _machines_gone(there, error), progressed=position > started_at,
+            machines_gone=0 if end else _machines_gone(there, error, demand.count), progressed=position > started_at,
         )  # fmt: skip
         decision = after(outcome, failures)
         if end == DONE:
@@ -193,9 +193,9 @@ def _words(position: Position) -> str:
     return f"epoch {epochs}" + (f" and {steps} steps" if steps else "")
 
 
-def _machines_gone(there: Mapping[str, object], error: BaseException | None) -> int:
+def _machines_gone(there: Mapping[str, object], error: BaseException | None, workers: int) -> int:
     """How many of those machines are gone or about to be. Where only a peer noticed, Ray is given the time to see why."""
-    deadline = time.monotonic() + (0.0 if _says_why(error) else SETTLE_S)
+    deadline = time.monotonic() + (0.0 if _says_why(error, workers) else SETTLE_S)
     while True:
         gone = len(there.keys() - ray_cluster.living().keys())
         if gone or time.monotonic() >= deadline:
@@ -215,11 +215,12 @@ def _was_preempted(error: BaseException | None) -> bool:
     return isinstance(error, PreemptionError) or any(getattr(cause, "preempted", False) for cause in _causes(error).values())
 
 
-def _says_why(error: BaseException | None) -> bool:
+def _says_why(error: BaseException | None, workers: int) -> bool:
     """Whether a worker's death itself is among the causes, not only that its peers lost it."""
     from ray.exceptions import RayActorError
 
-    return _own_error(error) is not None or any(isinstance(cause, RayActorError) for cause in _causes(error).values())
+    causes = _causes(error)
+    return len(causes) == workers or _own_error(error) is not None or any(isinstance(cause, RayActorError) for cause in causes.values())
 
 
 def _own_error(error: BaseException | None) -> UnfreezeError | None:
