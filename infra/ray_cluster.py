@@ -71,11 +71,19 @@ def connect() -> Iterator[Cluster]:
             ray.shutdown()
 
 
-def machines() -> list[dict[str, float]]:
-    """What each living machine of the connected cluster has in all, whether or not it is in use."""
+def living() -> dict[str, dict[str, float]]:
+    """What each machine of the connected cluster has in all, in use or not, by its id; without those about to be taken away."""
     import ray
+    from ray._private.state import state
 
-    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    leaving = state.get_draining_nodes()
+    return {node["NodeID"]: dict(node["Resources"]) for node in nodes if node["Alive"] and node["NodeID"] not in leaving}
+
+
+def machines() -> list[dict[str, float]]:
+    """What each machine has in all."""
+    return list(living().values())
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """A fit's checkpoints: committed folders without pickle (safetensors and JSON), enough to carry on as if never stopped.
 
 epoch-0003/ holds trainable.safetensors (what trains, and the buffers), best.safetensors (the same of the best epoch so far,
-where that is another one), optimizer.safetensors and state.json. MANIFEST.json comes last, so a writer killed at any write
-leaves a folder that no reader sees.
+where that is another one), optimizer.safetensors and state.json. epoch-0003-step-00012/ is written amid the epoch after, when the
+machine is about to be taken away; its shares.safetensors has the buffers of each share. MANIFEST.json comes last, so a writer killed
+at any write leaves a folder that no reader sees.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import re
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,26 +27,30 @@ from infra.object_store import ObjectStore, join_uri
 
 log = logging.getLogger(__name__)
 
-NAME = re.compile(r"epoch-(\d{4,})/(.+)")
+NAME = re.compile(r"epoch-(\d{4,})(?:-step-(\d{5,}))?/(.+)")
 STATE = "state.json"
 KEPT = 2
 
 Tensors = dict[str, Tensor]
+Position = tuple[int, int]
+"""How far a fit is: whole epochs, and steps of the next one."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a fit is after `epoch`: every tensor on the CPU, and the plain values of `state`."""
+    """What a fit is after `epoch` and `step` more steps: every tensor on the CPU, and the plain values of `state`."""
 
     epoch: int
     trainable: Tensors
     best: Tensors
     optimizer: Tensors
     state: dict[str, Any]
+    step: int = 0
+    shares: Tensors = field(default_factory=dict)
 
 
-def uri_of(root_uri: str, epoch: int) -> str:
-    return join_uri(root_uri, f"epoch-{epoch:04d}")
+def uri_of(root_uri: str, epoch: int, step: int = 0) -> str:
+    return join_uri(root_uri, f"epoch-{epoch:04d}" + (f"-step-{step:05d}" if step else ""))
 
 
 def save(store: ObjectStore, root_uri: str, checkpoint: Checkpoint) -> str:
@@ -53,26 +58,33 @@ def save(store: ObjectStore, root_uri: str, checkpoint: Checkpoint) -> str:
     files: dict[str, bytes] = {
         "trainable.safetensors": _bytes(checkpoint.trainable),
         "optimizer.safetensors": _bytes(checkpoint.optimizer),
-        STATE: json.dumps({"epoch": checkpoint.epoch, **checkpoint.state}).encode(),
+        STATE: json.dumps({"epoch": checkpoint.epoch, "step": checkpoint.step, **checkpoint.state}).encode(),
     }
+    if checkpoint.shares:
+        files["shares.safetensors"] = _bytes(checkpoint.shares)
     if checkpoint.best is not checkpoint.trainable:
         files["best.safetensors"] = _bytes(checkpoint.best)
-    uri = uri_of(root_uri, checkpoint.epoch)
+    uri = uri_of(root_uri, checkpoint.epoch, checkpoint.step)
     commit(store, uri, files)
     return uri
 
 
-def epochs(store: ObjectStore, root_uri: str) -> list[int]:
-    """The epochs of the committed checkpoints below `root_uri`, ascending."""
+def positions(store: ObjectStore, root_uri: str) -> list[Position]:
+    """Where the committed checkpoints below `root_uri` are, ascending."""
     found = (NAME.fullmatch(info.uri[len(root_uri.rstrip("/")) + 1 :]) for info in store.list(root_uri))
-    return sorted(int(match[1]) for match in found if match and match[2] == MANIFEST)
+    return sorted((int(match[1]), int(match[2] or 0)) for match in found if match and match[3] == MANIFEST)
+
+
+def epochs(store: ObjectStore, root_uri: str) -> list[int]:
+    """The epochs after which there is a committed checkpoint, ascending."""
+    return [epoch for epoch, step in positions(store, root_uri) if not step]
 
 
 def latest(store: ObjectStore, root_uri: str) -> Checkpoint | None:
     """The last committed checkpoint that is whole; a damaged one is passed over for the one before, and the log says so."""
-    for epoch in reversed(epochs(store, root_uri)):
+    for epoch, step in reversed(positions(store, root_uri)):
         try:
-            return load(store, uri_of(root_uri, epoch))
+            return load(store, uri_of(root_uri, epoch, step))
         except (ValueError, KeyError, FileNotFoundError) as error:
             log.warning("the checkpoint of epoch %d is damaged (%s); taking the one before", epoch, error)
     return None
@@ -90,14 +102,16 @@ def load(store: ObjectStore, uri: str) -> Checkpoint:
     state = json.loads(objects[STATE])
     trainable = from_safetensors(objects["trainable.safetensors"])
     best = from_safetensors(objects["best.safetensors"]) if "best.safetensors" in objects else trainable
-    return Checkpoint(state.pop("epoch"), trainable, best, from_safetensors(objects["optimizer.safetensors"]), state)
+    shares = from_safetensors(objects["shares.safetensors"]) if "shares.safetensors" in objects else {}
+    epoch, step = state.pop("epoch"), state.pop("step", 0)
+    return Checkpoint(epoch, trainable, best, from_safetensors(objects["optimizer.safetensors"]), state, step, shares)
 
 
 def prune(store: ObjectStore, root_uri: str, *, newest: int, best: int | None) -> None:
     """Delete every checkpoint but the newest ones and the best epoch's; the manifest first, so that none is ever half there."""
-    known = epochs(store, root_uri)
-    for epoch in set(known[:-newest]) - {best}:
-        uri = uri_of(root_uri, epoch)
+    known = positions(store, root_uri)
+    for epoch, step in set(known[:-newest]) - {(best, 0)}:
+        uri = uri_of(root_uri, epoch, step)
         store.delete([join_uri(uri, MANIFEST)])
         store.delete([info.uri for info in store.list(uri)])
 

@@ -1,7 +1,8 @@
 """The training of one rank: the winner of the search, from original images, augmented afresh each epoch.
 
-Every random choice is a function of (seed, epoch, step or image), so a fit that was stopped and resumed from a checkpoint
-equals one that was not. Works in one bare process (world size 1) and under torch.distributed.
+Every random choice is a function of (seed, epoch, step or image, share), so a fit that was stopped and resumed from a checkpoint
+equals one that was not, and one on fewer workers trains on the same batches (fit_plan.py has the shares). Works in one bare process
+(world size 1) and under torch.distributed.
 Shapes: N images, B images of one rank's step, K classes, C channels, H height, W width.
 """
 
@@ -12,13 +13,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from safetensors.torch import load as from_safetensors
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -30,16 +31,26 @@ from infra.object_store import ObjectStore, join_uri
 from ray_jobs import augment, backbone, checkpoint, images, model_folder
 from ray_jobs.checkpoint import Checkpoint, CheckpointWriter, Tensors
 from ray_jobs.dataset import open_dataset
-from ray_jobs.fit_plan import EpochRow, Plan, batches_of_rank, choose, is_better, lr_at, rows_of_rank, steps_per_epoch
+from ray_jobs.fit_attempts import CALLED_AWAY, DONE, ROOM, End
+from ray_jobs.fit_plan import EpochRow, Plan, batches_of_share, choose, is_better, lr_at, part_of, rows_of_shares, steps_per_epoch
 from ray_jobs.images import Images, Range
 from ray_jobs.model_folder import Preprocessing
+from ray_jobs.share_buffers import ShareBuffers, summed
 from ray_jobs.train_loop import class_weights
 
 log = logging.getLogger(__name__)
 
 EVAL_BATCH = 128
+STEPS_BETWEEN_LOOKS = 4
+"""To ask whether this machine is being taken away costs some milliseconds; who takes it away gives half a minute or more."""
 
 OnEpoch = Callable[[EpochRow], None]
+Ask = Callable[[], bool]
+
+
+def never() -> bool:
+    """For whom nobody disturbs."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,16 @@ class Rank:
     device: torch.device
 
 
+@dataclass(frozen=True)
+class Asks:
+    """What a fit asks while it trains; every rank asks at the same moments, and must get the same answer."""
+
+    is_called_away: Ask = never
+    """Whether a machine of this fit is about to be taken away. Asked every few steps."""
+    has_room: Ask = never
+    """Whether there is room for more workers. Asked when an epoch has ended."""
+
+
 class Training:
     """One rank of a fit."""
 
@@ -59,14 +80,19 @@ class Training:
         self.dataset = open_dataset(plan.dataset_uri, store, cache / "datasets")
         self.train_labels_N = images.labels_of(self.dataset, "train")
         self.val_labels_N = images.labels_of(self.dataset, "val")
-        self.train_rows = rows_of_rank(len(self.train_labels_N), rank.number, rank.world)
-        self.val_rows = rows_of_rank(len(self.val_labels_N), rank.number, rank.world)
+        self.shares = part_of(plan.num_workers, rank.number, rank.world)
+        self.train_rows = rows_of_shares(len(self.train_labels_N), self.shares, plan.num_workers)
+        self.val_rows = part_of(len(self.val_labels_N), rank.number, rank.world)
         self.model = new_model(plan, store, cache).to(rank.device).to(memory_format=torch.channels_last)  # a quarter faster on CPUs
         backbone.freeze(self.model, plan.unfreeze_depth)
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         self.optimizer = self._new_optimizer()
         self.forward = _distributed(self.model, rank)
+        backbone.set_mode(self.model, plan.unfreeze_depth, True)
+        self.buffers = ShareBuffers(self.model, self.shares, plan.num_workers)
         self.history: list[EpochRow] = []
+        self.step = 0
+        self.loss_S = torch.zeros(plan.num_workers, dtype=torch.float64, device=rank.device)
         self.best: EpochRow | None = None
         self.best_tensors: Tensors = {}
         self.weights_K = self._class_weights()
@@ -96,55 +122,79 @@ class Training:
         diverged = self.history[-1].train_loss is None
         return diverged or len(self.history) >= self.plan.max_epochs or since_best >= self.plan.patience
 
-    def epoch(self) -> EpochRow:
-        """Train one epoch, judge it on val, and remember the best."""
+    def epoch(self, is_called_away: Ask = never) -> EpochRow | None:
+        """Train one epoch (or the rest of it), judge it on val, and remember the best; None where it was called away amid."""
         started = time.perf_counter()
         number = len(self.history) + 1
-        train_loss = self._train(number)
-        self._share_buffers()
+        train_loss = self._train(number, is_called_away)
+        if train_loss is None:
+            return None
+        self.buffers.merge()
         val_accuracy, val_loss = self._judge()
         losses = [loss if math.isfinite(loss) else None for loss in (train_loss, val_loss)]
         row = EpochRow(number, losses[0], val_accuracy, losses[1], time.perf_counter() - started)
         self.history.append(row)
+        self.step = 0
+        self.loss_S.zero_()
         if is_better(row, self.best):
             self.best, self.best_tensors = row, checkpoint.trainable_tensors(self.model)
         return row
 
     def snapshot(self) -> Checkpoint:
-        """Everything to resume from, copied, so that training may go on while it is written."""
-        is_best = self.best is not None and self.best.epoch == len(self.history)
+        """Everything to resume from, copied, so that training may go on while it is written. Each rank must call it."""
+        is_best = self.best is not None and self.best.epoch == len(self.history) and not self.step
         trainable = self.best_tensors if is_best else checkpoint.trainable_tensors(self.model)
         state = {"history": [asdict(row) for row in self.history], "best_epoch": self.best.epoch if self.best else None}
         optimizer = checkpoint.optimizer_tensors(self.optimizer, self.names)
-        return Checkpoint(len(self.history), trainable, self.best_tensors or trainable, optimizer, state)
+        best, shares = self.best_tensors or trainable, {}
+        if self.step:
+            state["losses"], shares = summed(self.loss_S.clone()).tolist(), self.buffers.gathered()
+        return Checkpoint(len(self.history), trainable, best, optimizer, state, self.step, shares)
 
     def restore(self, saved: Checkpoint) -> None:
-        """Be what was when the snapshot was taken."""
+        """Be what was when the snapshot was taken, by whatever number of ranks."""
         checkpoint.load_trainable(self.model, saved.trainable)
         checkpoint.load_optimizer(self.optimizer, self.names, saved.optimizer)
         self.history = [EpochRow(**row) for row in saved.state["history"]]
         best_epoch = saved.state["best_epoch"]
         self.best = self.history[best_epoch - 1] if best_epoch else None
         self.best_tensors = saved.best if best_epoch else {}
+        self.step = saved.step
+        if saved.step:
+            own = slice(self.shares.start, self.shares.stop)
+            self.loss_S[own] = torch.tensor(saved.state["losses"], dtype=torch.float64)[own].to(self.loss_S)
+            self.buffers.scatter(saved.shares)
+        else:
+            self.buffers.spread()
 
-    def _train(self, epoch: int) -> float:
+    def _train(self, epoch: int, is_called_away: Ask) -> float | None:
+        """Train from `step` to the end of the epoch, and return its mean loss; None where it was called away before."""
         plan, rank = self.plan, self.rank
         backbone.set_mode(self.model, plan.unfreeze_depth, True)
         weight_of_step = self._weight_of_step(epoch)
-        total_steps = plan.max_epochs * len(weight_of_step)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=rank.device)
-        for step, (pixels_BCHW, labels_B) in enumerate(self._batches(epoch)):
-            at = (epoch - 1) * len(weight_of_step) + step
-            torch.manual_seed(augment.seed_of(plan.seed, -at - 1, rank.number))  # dropout and drop path
+        steps, batches = len(weight_of_step), self._batches(epoch)
+        while self.step < steps:
+            if self.step % STEPS_BETWEEN_LOOKS == 0 and is_called_away():
+                return None
+            at = (epoch - 1) * steps + self.step
             for group in self.optimizer.param_groups:
-                group["lr"] = lr_at(at, total_steps, plan.lr) * group["lr_scale"]
-            loss = self._loss(pixels_BCHW, labels_B)
-            # DDP averages over ranks; divided by the whole step's weight instead, so that the split over ranks changes nothing
-            (loss * (rank.world / weight_of_step[step])).backward()
+                group["lr"] = lr_at(at, plan.max_epochs * steps, plan.lr) * group["lr_scale"]
+            for share in self.shares:
+                self.buffers.switch(share)
+                torch.manual_seed(augment.seed_of(plan.seed, -at - 1, share))  # dropout and drop path
+                with self._unshared(until=share == self.shares[-1]):
+                    loss = self._loss(*next(batches))
+                    # DDP averages over ranks; divided by the whole step's weight instead, so that the split over ranks changes nothing
+                    (loss * (rank.world / weight_of_step[self.step])).backward()
+                self.loss_S[share] += loss.detach()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            loss_sum += loss.detach()
-        return float(_summed(loss_sum)) / float(weight_of_step.sum())
+            self.step += 1
+        return float(summed(self.loss_S.clone()).sum()) / float(weight_of_step.sum())
+
+    def _unshared(self, *, until: bool) -> AbstractContextManager[None]:
+        """Gradients of a rank's shares add up here; the last one's pass sends the sum to the other ranks."""
+        return nullcontext() if until or not isinstance(self.forward, DistributedDataParallel) else self.forward.no_sync()
 
     def _loss(self, pixels_BCHW: Tensor, labels_B: Tensor) -> Tensor:
         device = self.rank.device
@@ -164,7 +214,7 @@ class Training:
             logits_BK = self._val_logits(start)
             sums[0] += (logits_BK.argmax(1) == labels_B).sum()
             sums[1] += cross_entropy(logits_BK, labels_B, reduction="sum")
-        hits, loss = _summed(sums).tolist()
+        hits, loss = summed(sums).tolist()
         return hits / len(self.val_labels_N), loss / len(self.val_labels_N)
 
     def _val_logits(self, start: int) -> Tensor:
@@ -173,29 +223,28 @@ class Training:
         return logits_BK.float()
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        plan, rank, total = self.plan, self.rank, len(self.train_labels_N)
-        batches = batches_of_rank(total, rank.number, rank.world, batch_size=plan.batch_size, seed=plan.seed, epoch=epoch)
-        augmented = Augmented(self.train_images, self.train_labels_N, self.train_rows, plan, epoch)
-        return iter(DataLoader(augmented, batch_sampler=[b.tolist() for b in batches], num_workers=plan.loader_processes))
+        """What is left of the epoch: a batch for each step and share, in this order."""
+        total, of = len(self.train_labels_N), self.plan.num_workers
+        first = [part_of(total, share, of).start - self.train_rows.start for share in self.shares]
+        of_share = [self._positions(epoch, share)[self.step :] for share in self.shares]
+        batches = [(start + batch).tolist() for step in zip(*of_share, strict=True) for start, batch in zip(first, step, strict=True)]
+        augmented = Augmented(self.train_images, self.train_labels_N, self.train_rows, self.plan, epoch)
+        return iter(DataLoader(augmented, batch_sampler=batches, num_workers=self.plan.loader_processes))
+
+    def _positions(self, epoch: int, share: int) -> list[npt.NDArray[np.int64]]:
+        plan = self.plan
+        total = len(self.train_labels_N)
+        return batches_of_share(total, share, plan.num_workers, batch_size=plan.batch_size, seed=plan.seed, epoch=epoch)
 
     def _weight_of_step(self, epoch: int) -> npt.NDArray[np.float64]:
-        """The sum of class weights of each step over all ranks: each can tell the others' batches, so nothing is sent."""
-        plan, world, total = self.plan, self.rank.world, len(self.train_labels_N)
+        """The sum of class weights of each step over all shares: each rank can tell the others' batches, so nothing is sent."""
+        plan, total = self.plan, len(self.train_labels_N)
         weights_K = np.ones(len(plan.classes)) if self.weights_K is None else self.weights_K.double().cpu().numpy()
-        sums = np.zeros(steps_per_epoch(total, world, plan.batch_size))
-        for rank in range(world):
-            first = rows_of_rank(total, rank, world).start
-            batches = batches_of_rank(total, rank, world, batch_size=plan.batch_size, seed=plan.seed, epoch=epoch)
-            sums += [weights_K[self.train_labels_N[first + batch]].sum() for batch in batches]
+        sums = np.zeros(steps_per_epoch(total, plan.num_workers, plan.batch_size))
+        for share in range(plan.num_workers):
+            first = part_of(total, share, plan.num_workers).start
+            sums += [weights_K[self.train_labels_N[first + batch]].sum() for batch in self._positions(epoch, share)]
         return sums
-
-    def _share_buffers(self) -> None:
-        """Running statistics move on each rank by its own images: afterwards all have their mean."""
-        if self.rank.world > 1:
-            for buffer in self.model.buffers():
-                if buffer.is_floating_point():
-                    dist.all_reduce(buffer)
-                    buffer /= self.rank.world
 
     def _class_weights(self) -> Tensor | None:
         counts = np.bincount(self.train_labels_N, minlength=len(self.plan.classes)).tolist()
@@ -229,25 +278,34 @@ class Augmented(torch.utils.data.Dataset[tuple[Tensor, int]]):
         return augment.seeded(transform, self.kept[index], seed), int(self.labels_N[row])
 
 
-def train(plan: Plan, rank: Rank, *, store: ObjectStore, cache: Path, on_epoch: OnEpoch = lambda row: None) -> None:
+def train(plan: Plan, rank: Rank, *, store: ObjectStore, cache: Path, on_epoch: OnEpoch = lambda row: None, asks: Asks = Asks()) -> End:
     """Train to the end, from the last checkpoint where there is one; rank 0 writes the checkpoints and the result.
 
+    Called away, or where there is room for more workers, it returns early, with a checkpoint of where it is.
     Crash order: checkpoints as epochs end; then the fit's and the probe's model folders; result.json last, as the commit.
     """
     training = Training(plan, rank, store, cache)
     checkpoints_uri = join_uri(plan.fit_uri, "checkpoints")
     saved = _agreed_checkpoint(store, checkpoints_uri, rank)
     if saved:
-        log.info("resuming the fit after epoch %d", saved.epoch)
+        log.info("resuming the fit after epoch %d and %d steps", saved.epoch, saved.step)
         training.restore(saved)
     with CheckpointWriter(store, checkpoints_uri) as writer:
         while not training.is_over:
-            row = training.epoch()
-            if rank.number == 0:
-                writer.write(training.snapshot(), best_epoch=training.best.epoch if training.best else None)
+            resumed_at = training.step
+            row = training.epoch(asks.is_called_away)
+            if row or training.step > resumed_at:
+                snapshot = training.snapshot()
+                if rank.number == 0:
+                    writer.write(snapshot, best_epoch=training.best.epoch if training.best else None)
+            if row is None:
+                return CALLED_AWAY
             on_epoch(row)
+            if not training.is_over and asks.has_room():
+                return ROOM
     if rank.number == 0:
         _publish(training)
+    return DONE
 
 
 def normalised(pixels_BCHW: Tensor, plan: Plan) -> Tensor:
@@ -274,21 +332,16 @@ def _distributed(model: nn.Module, rank: Rank) -> nn.Module:
     if rank.world == 1:
         return model
     devices = [rank.device] if rank.device.type == "cuda" else None
-    # buffers are shared once an epoch (`_share_buffers`): a training step does not read them
+    # buffers are merged once an epoch (share_buffers.py): a training step does not read them
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
-def _summed(tensor: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
 
 
 def _agreed_checkpoint(store: ObjectStore, root_uri: str, rank: Rank) -> Checkpoint | None:
     """The last whole checkpoint; rank 0 decides which, so that no two ranks resume from different epochs."""
     saved = checkpoint.latest(store, root_uri) if rank.number == 0 else None
-    epoch = int(_summed(torch.tensor(saved.epoch if saved else 0, device=rank.device)))
-    return saved if rank.number == 0 or not epoch else checkpoint.load(store, checkpoint.uri_of(root_uri, epoch))
+    position = [saved.epoch, saved.step] if saved else [0, 0]
+    epoch, step = summed(torch.tensor(position, device=rank.device)).tolist()
+    return saved if rank.number == 0 or (epoch, step) == (0, 0) else checkpoint.load(store, checkpoint.uri_of(root_uri, epoch, step))
 
 
 def _publish(training: Training) -> None:

@@ -1,7 +1,8 @@
-"""The fit on Ray Train: one TorchTrainer whose workers each run `fit.train`; the result comes back over the object store.
+"""The fit on Ray Train: attempts of one TorchTrainer each, whose workers run `fit.train`; the result comes back over the object store.
 
 Ray gets no checkpoint from us: ours are committed folders that we resume from ourselves (fit.py), so Ray's own storage holds
-nothing that a worker reads, and a folder of the driver's machine is enough for it on any number of hosts.
+nothing that a worker reads, and a folder of the driver's machine is enough for it on any number of hosts. An attempt has the workers
+that there is room for when it starts; docs/adr/0020 says why it is not Ray Train that changes their number.
 """
 
 from __future__ import annotations
@@ -12,35 +13,41 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infra import ray_cluster
-from infra.errors import ServiceError, UnfreezeError
+from infra.errors import ServiceError, UnfreezeError, UserError
 from infra.object_store import ObjectStore, join_uri, object_store
+from ray_jobs.fit_attempts import DONE, End, Outcome, after
 from ray_jobs.fit_plan import Plan, plan_fit
 from ray_jobs.light_timm import import_timm
-from ray_jobs.room import fit_demand, require
+from ray_jobs.room import Demand, demand_now, fit_demand, require
 from ray_jobs.spec import Spec
+from ray_jobs.watch import Watch
 from ray_jobs.workers import close_lanes
 
+if TYPE_CHECKING:
+    from ray_jobs.checkpoint import Position
+
 POLL_S = 0.3
-RESTARTS = 2  # of the worker group, when a worker or its host dies; each carries on from the last checkpoint
+SETTLE_S = 20.0
+"""Ray takes about 15 s to see that a machine is gone; until then it would start the next attempt's workers there, and wait for them."""
 TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # paid at each report, that is, once an epoch; Ray's own default is 2 s
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # Ray's 60 s are too short for two torch imports on a busy machine
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # Ray's own default is 5 s
 }
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+"""One more process; for nothing where there is but one machine, since then there is no other to go on with."""
 
-OnProgress = Callable[[float, float], None]
+log = logging.getLogger(__name__)
 
 
-def run_fit(
-    spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], search: dict[str, Any], on_progress: OnProgress
-) -> dict[str, Any]:
+def run_fit(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], search: dict[str, Any], watch: Watch) -> dict[str, Any]:
     """Train the search's winner and commit the result; a result that is already there is returned at once."""
     store = object_store()
     plan = plan_fit(spec, dataset, backbone, search)
@@ -48,13 +55,13 @@ def run_fit(
     if result is None:
         close_lanes()  # Ray Train starts processes of its own, which need the memory
         machines = ray_cluster.machines()
-        demand = fit_demand(plan.num_workers, machines)
+        has_begun = _position(store, plan) > (0, 0)
+        demand = fit_demand(spec.fit.workers_to_go_on if has_begun else spec.fit.workers_to_begin, machines)
         require(demand, machines)
-        loaders = int(demand.each["CPU"]) - 1 if "GPU" in demand.each else 0
-        _train_on_workers(replace(plan, started_at=time.time(), loader_processes=loaders), dict(demand.each), store, on_progress)
+        _train(replace(plan, started_at=time.time()), demand, spec.fit.workers_to_go_on, store, watch)
         result = read_result(store, plan)
         assert result is not None, f"the fit {plan.fit_id} ended without a result"
-    on_progress(plan.max_epochs, plan.max_epochs)
+    watch.on_progress(plan.max_epochs, plan.max_epochs)
     return result
 
 
@@ -67,85 +74,171 @@ def read_result(store: ObjectStore, plan: Plan) -> dict[str, Any] | None:
     return result
 
 
-def _train_on_workers(plan: Plan, resources: dict[str, float], store: ObjectStore, on_progress: OnProgress) -> None:
-    """Run the trainer in a thread, so that Ray leaves the process's Ctrl-C alone, and tell the progress from here."""
+def _train(plan: Plan, begun: Demand, least: int, store: ObjectStore, watch: Watch) -> None:
+    """One attempt after the other, each on the workers that there is room for, until the result is written or it has to be given up."""
+    failures = 0
+    while True:
+        there = ray_cluster.living()
+        demand = demand_now(begun, plan.num_workers, least, list(there.values()))
+        started_at = _position(store, plan)
+        end, error = _attempt(plan, demand, store, watch, is_watched=len(there) > 1)
+        position = _position(store, plan)
+        outcome = Outcome(
+            end=end, is_mistake=isinstance(_own_error(error), UserError), was_preempted=_was_preempted(error),
+            machines_gone=0 if end else _machines_gone(there, error, demand.count), progressed=position > started_at,
+        )  # fmt: skip
+        decision = after(outcome, failures)
+        if end == DONE:
+            return
+        if not decision.again:
+            assert error
+            raise _explained(error, plan, failures) from error
+        failures += decision.is_failure
+        log.warning("the fit goes on from epoch %d, step %d: %s; %s", *position, decision.reason, error or "no error")
+        watch.say(f"The fit goes on after {_words(position)}: {decision.reason}.")
+
+
+def _attempt(plan: Plan, demand: Demand, store: ObjectStore, watch: Watch, *, is_watched: bool) -> tuple[End | None, BaseException | None]:
+    """How one attempt ended, or what it failed of. In a thread, so that Ray leaves the process's Ctrl-C alone."""
+    ended: list[End] = []
     failures: list[BaseException] = []
+    plan = replace(plan, loader_processes=int(demand.each["CPU"]) - 1 if "GPU" in demand.each else 0)
 
     def fit() -> None:
         try:
-            _trainer(plan, resources, folder).fit()
+            ended.append(_trainer(plan, demand, folder, is_watched).fit().return_value)
         except BaseException as error:
             failures.append(error)
 
-    with tempfile.TemporaryDirectory(prefix="unfreeze-ray-train-") as folder, _environment(TRAIN_SETTINGS):
+    settings = {**TRAIN_SETTINGS, WATCHER: str(int(is_watched))}
+    with tempfile.TemporaryDirectory(prefix="unfreeze-ray-train-") as folder, _environment(settings):
         thread = threading.Thread(target=fit, name="ray-train", daemon=True)
         thread.start()
         while thread.is_alive():
             thread.join(POLL_S)
-            on_progress(_epochs_done(store, plan), plan.max_epochs)
-    if failures:
-        raise _explained(failures[0], plan) from failures[0]
+            watch.on_progress(_position(store, plan)[0], plan.max_epochs)
+    return (ended[0], None) if ended else (None, failures[0])
 
 
-def _trainer(plan: Plan, resources: dict[str, float], folder: str) -> Any:
+def _trainer(plan: Plan, demand: Demand, folder: str, is_watched: bool) -> Any:
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
+    resources = dict(demand.each)
     return TorchTrainer(
-        _train_one_rank,
-        train_loop_config=asdict(plan),
-        scaling_config=ScalingConfig(num_workers=plan.num_workers, use_gpu="GPU" in resources, resources_per_worker=resources),
+        _train_one_rank,  # type: ignore[arg-type]  # what rank 0 returns is the result's return_value
+        train_loop_config={"plan": asdict(plan), "resources": resources, "is_watched": is_watched},
+        scaling_config=ScalingConfig(num_workers=demand.count, use_gpu="GPU" in resources, resources_per_worker=resources),
         run_config=RunConfig(  # type: ignore[arg-type]  # V2's, which is what the trainer checks for
             name=plan.fit_id,
             storage_path=folder,
-            failure_config=FailureConfig(max_failures=RESTARTS),
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),  # _train decides
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
 
 
-def _train_one_rank(config: dict[str, Any]) -> None:
+def _train_one_rank(config: dict[str, Any]) -> End:
     """Runs on each worker."""
     import_timm()
     import ray.train
     import torch
+    from ray.train.collective import broadcast_from_rank_zero
     from ray.train.torch import get_device
 
     from infra.settings import cache_dir
-    from ray_jobs.fit import Rank, train
+    from ray_jobs.fit import Asks, Rank, never, train
 
-    context = ray.train.get_context()
+    plan, context = Plan(**config["plan"]), ray.train.get_context()
     rank = Rank(context.get_world_rank(), context.get_world_size(), get_device())
     if rank.device.type == "cpu":
         torch.set_num_threads(1)  # one CPU is what this worker reserved
-    train(Plan(**config), rank, store=object_store(), cache=cache_dir(), on_epoch=lambda row: ray.train.report(asdict(row)))
+    with _queue(plan.num_workers - rank.world if rank.number == 0 else 0, config["resources"]) as is_free:
+        asks = Asks(
+            is_called_away=(lambda: ray.train.get_preemption_info() is not None) if config["is_watched"] else never,
+            has_room=(lambda: broadcast_from_rank_zero(is_free())) if rank.world < plan.num_workers else never,
+        )
+        return train(plan, rank, store=object_store(), cache=cache_dir(), on_epoch=lambda row: ray.train.report(asdict(row)), asks=asks)
 
 
-def _epochs_done(store: ObjectStore, plan: Plan) -> int:
-    """How far the fit is, by its committed checkpoints; progress is a courtesy, so a store that does not answer is no failure."""
+@contextmanager
+def _queue(missing: int, resources: dict[str, float]) -> Iterator[Callable[[], bool]]:
+    """Stand in Ray's queue for each missing worker, and say whether one has got its place.
+
+    The cluster's autoscaler sees the queue too. Ray takes the places back when this worker dies.
+    """
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    places = [placement_group([resources]) for _ in range(missing)]
+    try:
+        yield lambda: any(place.wait(0) for place in places)
+    finally:
+        for place in places:
+            remove_placement_group(place)
+
+
+def _position(store: ObjectStore, plan: Plan) -> Position:
+    """How far the fit is, by its committed checkpoints; (0, 0) too where the store does not answer: that alone is no failure."""
     from ray_jobs import checkpoint
 
     try:
-        return max(checkpoint.epochs(store, join_uri(plan.fit_uri, "checkpoints")), default=0)
+        return max(checkpoint.positions(store, join_uri(plan.fit_uri, "checkpoints")), default=(0, 0))
     except UnfreezeError as error:
-        logging.getLogger(__name__).debug("no progress to tell: %s", error)
-        return 0
+        log.debug("no progress to tell: %s", error)
+        return 0, 0
 
 
-def _explained(error: BaseException, plan: Plan) -> BaseException:
-    """The first worker's own UserError or ServiceError where that is the cause; otherwise what Ray says."""
-    causes: dict[int, BaseException] = getattr(error, "worker_failures", {})
-    for cause in causes.values():
-        original = getattr(cause, "cause", cause)
-        if isinstance(original, UnfreezeError):
-            return original
-    if causes:
-        rank, cause = min(causes.items())
-        return ServiceError(
-            f"The fit failed on worker {rank} of {plan.num_workers} after {RESTARTS} restarts: {cause}",
-            "The same command carries on from the last checkpoint.",
-        )
-    return error
+def _words(position: Position) -> str:
+    epochs, steps = position
+    return f"epoch {epochs}" + (f" and {steps} steps" if steps else "")
+
+
+def _machines_gone(there: Mapping[str, object], error: BaseException | None, workers: int) -> int:
+    """How many of those machines are gone or about to be. Where only a peer noticed, Ray is given the time to see why."""
+    deadline = time.monotonic() + (0.0 if _says_why(error, workers) else SETTLE_S)
+    while True:
+        gone = len(there.keys() - ray_cluster.living().keys())
+        if gone or time.monotonic() >= deadline:
+            return gone
+        time.sleep(POLL_S)
+
+
+def _causes(error: BaseException | None) -> dict[int, BaseException]:
+    """What each worker died of, by rank."""
+    found: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    return {rank: getattr(cause, "health_check_failure", cause) for rank, cause in found.items()}
+
+
+def _was_preempted(error: BaseException | None) -> bool:
+    from ray.train.v2.api.exceptions import PreemptionError
+
+    return isinstance(error, PreemptionError) or any(getattr(cause, "preempted", False) for cause in _causes(error).values())
+
+
+def _says_why(error: BaseException | None, workers: int) -> bool:
+    """Whether a worker's death itself is among the causes, not only that its peers lost it."""
+    from ray.exceptions import RayActorError
+
+    causes = _causes(error)
+    return len(causes) == workers or _own_error(error) is not None or any(isinstance(cause, RayActorError) for cause in causes.values())
+
+
+def _own_error(error: BaseException | None) -> UnfreezeError | None:
+    """The first worker's own UserError or ServiceError."""
+    found = (getattr(cause, "cause", cause) for cause in _causes(error).values())
+    return next((cause for cause in found if isinstance(cause, UnfreezeError)), None)
+
+
+def _explained(error: BaseException, plan: Plan, restarts: int) -> BaseException:
+    """The first worker's own error where that is the cause; otherwise what Ray says."""
+    own, causes = _own_error(error), _causes(error)
+    if own or not causes:
+        return own or error
+    rank, cause = min(causes.items())
+    return ServiceError(
+        f"The fit failed on worker {rank} of {plan.num_workers} after {restarts} restarts: {cause}",
+        "The same command carries on from the last checkpoint.",
+    )
 
 
 @contextmanager

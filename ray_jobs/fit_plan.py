@@ -1,6 +1,8 @@
 """What a fit is, in plain values and pure functions: its plan, whose rows and which batches, its schedule, which epoch is best.
 
-No torch here, so the driver can plan a fit without loading it. Everything is a function of (seed, epoch, rank), never of what ran before.
+No torch here, so the driver can plan a fit without loading it. Everything is a function of (seed, epoch, share), never of what ran before.
+A fit has as many shares as `fit.num_workers`. A share is what one worker trains where all of them are there; where fewer are, some train
+several, one after the other within each step. So the images of a step, and what each of them is turned into, are always the same.
 """
 
 from __future__ import annotations
@@ -76,27 +78,35 @@ class EpochRow:
     seconds: float
 
 
-def rows_of_rank(total: int, rank: int, world: int) -> range:
-    """The rows that belong to a rank: consecutive ones, so that its machine fetches only their shards (rows are ordered by
-    content hash, so they are as mixed as any); every row to exactly one rank, shares that differ by one at most."""
-    share, rest = divmod(total, world)
-    start = rank * share + min(rank, rest)
-    return range(start, start + share + (rank < rest))
+def part_of(total: int, number: int, parts: int) -> range:
+    """One of `parts` consecutive pieces of `total` things: each thing in exactly one, sizes that differ by one at most.
+
+    Used for rows over shares, so that a machine fetches only its shards (rows are ordered by content hash, so they are as mixed as
+    any), and for shares over ranks.
+    """
+    size, rest = divmod(total, parts)
+    start = number * size + min(number, rest)
+    return range(start, start + size + (number < rest))
 
 
-def steps_per_epoch(total: int, world: int, batch_size: int) -> int:
-    """Steps of one epoch, the same on each rank."""
-    return math.ceil(math.ceil(total / world) / batch_size)
+def rows_of_shares(total: int, shares: range, of: int) -> range:
+    """The rows of consecutive shares."""
+    return range(part_of(total, shares[0], of).start, part_of(total, shares[-1], of).stop)
 
 
-def batches_of_rank(total: int, rank: int, world: int, *, batch_size: int, seed: int, epoch: int) -> list[Ints]:
-    """Positions among the rank's own rows, a batch a step: each exactly once, batch sizes that differ by one at most.
+def steps_per_epoch(total: int, shares: int, batch_size: int) -> int:
+    """Steps of one epoch, the same for each share."""
+    return math.ceil(math.ceil(total / shares) / batch_size)
+
+
+def batches_of_share(total: int, share: int, shares: int, *, batch_size: int, seed: int, epoch: int) -> list[Ints]:
+    """Positions among the share's own rows, a batch a step: each exactly once, batch sizes that differ by one at most.
 
     Equal batches instead of a short last one: batch norm cannot train on a single image, and every step weighs the same.
     """
-    own = len(rows_of_rank(total, rank, world))
-    order = np.random.default_rng([seed, epoch, rank]).permutation(own)
-    return np.array_split(order, steps_per_epoch(total, world, batch_size))
+    own = len(part_of(total, share, shares))
+    order = np.random.default_rng([seed, epoch, share]).permutation(own)
+    return np.array_split(order, steps_per_epoch(total, shares, batch_size))
 
 
 def lr_at(step: int, total_steps: int, peak: float) -> float:

@@ -38,7 +38,7 @@ def require_room(spec: Spec, machines: Sequence[Machine], *, fits: bool) -> None
     """Raise UserError where a trial can never start or, with `fits`, the fit after the search: better now than when it waits forever."""
     demands = [Demand("A trial of the search", trial_resources(machines))]
     if fits:
-        demands.append(fit_demand(spec.fit.num_workers, machines))
+        demands.append(fit_demand(spec.fit.workers_to_begin, machines))
     for demand in demands:
         require(demand, machines)
 
@@ -47,7 +47,7 @@ def require(demand: Demand, machines: Sequence[Machine]) -> None:
     """Raise UserError, naming what is missing, where the demand can never be met."""
     missing = missing_for(demand, machines)
     if missing:
-        lower = "Lower fit.num_workers in the spec, or give" if demand.count > 1 else "Give"
+        lower = "Lower fit.num_workers in the spec, or set fit.min_workers, or give" if demand.count > 1 else "Give"
         raise UserError(f"{demand}, but the cluster has {missing}.", f"{lower} Ray more machines (the embedded one: UNFREEZE_NUM_CPUS).")
 
 
@@ -82,6 +82,18 @@ def fit_demand(workers: int, machines: Sequence[Machine]) -> Demand:
     most = min(LOADER_CPUS_PER_GPU, int(max(machine.get("CPU", 0.0) for machine in machines)))
     tried = (Demand("The fit", {"GPU": 1, "CPU": float(cpus)}, workers) for cpus in range(most, 0, -1))
     return next((demand for demand in tried if missing_for(demand, machines) is None), Demand("The fit", {"GPU": 1, "CPU": 1}, workers))
+
+
+def demand_now(begun: Demand, workers: int, least: int, machines: Sequence[Machine]) -> Demand:
+    """What a fit that began with `begun` reserves now, when machines have gone or come: as many of its `workers` as there is room for.
+
+    Where there is not even room for `least`, it asks for those, and so waits for a machine. What it computes on stays the same.
+    """
+    each = dict.fromkeys(begun.each, 1.0)
+    count = min(workers, sum(places(each, machine) for machine in machines))
+    if count < least:
+        return Demand(begun.what, each, least)
+    return fit_demand(count, machines) if "GPU" in each else Demand(begun.what, each, count)
 
 
 def total(resource: str, machines: Iterable[Machine]) -> float:

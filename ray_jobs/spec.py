@@ -224,12 +224,32 @@ class FitSpec(_Part):
     """The final training of the winner."""
 
     num_workers: int = Field(1, ge=1, le=1024, description="Ray Train workers (data-parallel ranks).")
+    min_workers: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Workers that are enough to begin with (by default all), or to go on with when machines go (by default one).",
+    )
     max_epochs: int | None = Field(None, ge=1, le=10_000, description="Epochs at most; by default the search's max_epochs.")
     patience: int = Field(3, ge=1, description="Epochs without a better val accuracy before the fit stops early.")
     batch_size_per_worker: int = Field(32, ge=2, le=4096, description="Images a step on each worker.")
     augmentation: Augmentation = Field(
         "photo", description="photo: crop, mirror, colour; symbol: never mirrors (text, signs); aerial: any turn and mirror; none."
     )
+
+    @model_validator(mode="after")
+    def _fewer_are_enough(self) -> FitSpec:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers: {self.min_workers} is more than num_workers: {self.num_workers}")
+        return self
+
+    @property
+    def workers_to_begin(self) -> int:
+        return self.min_workers or self.num_workers
+
+    @property
+    def workers_to_go_on(self) -> int:
+        return self.min_workers or 1
 
 
 class Spec(_Part):

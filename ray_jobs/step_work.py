@@ -53,7 +53,7 @@ def run_fit(watch: Watch, *, spec: Plain, dataset: Plain, backbone: Plain, searc
     """Fit the winner of a search."""
     from ray_jobs import fit_on_ray
 
-    return fit_on_ray.run_fit(parse_spec(spec), dataset, backbone, search, watch.on_progress)
+    return fit_on_ray.run_fit(parse_spec(spec), dataset, backbone, search, watch)
 
 
 def evaluate(watch: Watch, *, dataset: Plain, models: dict[str, str], storage: str) -> Plain:

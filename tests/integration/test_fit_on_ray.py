@@ -22,6 +22,7 @@ from ray_jobs import backbone, checkpoint
 from ray_jobs.evaluate_on_ray import evaluate
 from ray_jobs.fit_on_ray import run_fit
 from ray_jobs.spec import Spec
+from ray_jobs.watch import Watch
 from tasks.evidence import gather
 from tasks.gate import judge
 from tests.fit_worlds import FitWorld, make_world
@@ -60,7 +61,7 @@ def seeded(world: FitWorld, seed: int) -> Spec:
 
 def fitted(world: FitWorld, spec: Spec, told: list[tuple[float, float]] | None = None) -> dict[str, Any]:
     seen = [] if told is None else told
-    return run_fit(spec, world.dataset, world.backbone, world.search, lambda done, total: seen.append((done, total)))
+    return run_fit(spec, world.dataset, world.backbone, world.search, Watch(lambda done, total: seen.append((done, total))))
 
 
 def weights_at(uri: str) -> dict[str, torch.Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -36,6 +38,20 @@ def test_what_is_saved_comes_back(own_best: bool) -> None:
         left, right = getattr(found, kind), getattr(saved, kind)
         assert left.keys() == right.keys()
         assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_what_is_saved_amid_an_epoch_comes_back_and_lies_between_the_epochs() -> None:
+    store, shares = MemoryObjectStore(), {"norm.running_mean": torch.ones(2, 3)}
+    for saved in (made(1), dataclasses.replace(made(1, own_best=False), step=12, shares=shares)):
+        uri = checkpoint.save(store, ROOT, saved)
+    assert uri == f"{ROOT}/epoch-0001-step-00012"
+    found = checkpoint.latest(store, ROOT)
+    assert found
+    assert (found.epoch, found.step, found.state) == (1, 12, made(1).state)
+    assert torch.equal(found.shares["norm.running_mean"], shares["norm.running_mean"])
+    assert checkpoint.epochs(store, ROOT) == [1]
+    checkpoint.save(store, ROOT, made(2))
+    assert checkpoint.positions(store, ROOT) == [(1, 0), (1, 12), (2, 0)]
 
 
 def test_nothing_that_is_written_is_a_pickle() -> None:

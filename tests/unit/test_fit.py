@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from safetensors.torch import load as from_safetensors
 
 from infra.committed_folder import fetch, verify
 from infra.errors import ServiceError, UserError
-from ray_jobs import backbone, images
+from ray_jobs import backbone, checkpoint, images
+from ray_jobs import fit as fit_module
 from ray_jobs.dataset import open_dataset
 from ray_jobs.evaluate import aligned, load_model, mistakes, probabilities
-from ray_jobs.fit import Augmented, Rank, Training, new_model, train
-from ray_jobs.fit_plan import EpochRow, Plan, batches_of_rank, choose, is_better, lr_at, plan_fit, rows_of_rank, steps_per_epoch
+from ray_jobs.fit import Asks, Augmented, Rank, Training, new_model, train
+from ray_jobs.fit_attempts import CALLED_AWAY, DONE, ROOM
+from ray_jobs.fit_plan import EpochRow, Plan, batches_of_share, choose, is_better, lr_at, part_of, plan_fit, rows_of_shares, steps_per_epoch
 from ray_jobs.spec import Spec
 from tests.fakes import MemoryObjectStore
 from tests.fit_worlds import FitWorld, make_world
@@ -52,22 +56,52 @@ def weights_at(world: FitWorld, uri: str) -> dict[str, torch.Tensor]:
     return from_safetensors(world.store.read(f"{uri}/model.safetensors"))
 
 
-@given(st.integers(1, 400), st.integers(1, 9), st.integers(2, 40), st.integers(0, 3))
-def test_shards_over_ranks_partition_the_data_for_every_world_size(total: int, world: int, batch: int, epoch: int) -> None:
-    seen: list[int] = []
+def batches_of_ranks(total: int, workers: int, world: int, batch: int, epoch: int) -> list[list[list[int]]]:
+    """The rows that each rank trains on in each step, by rank."""
+    found = []
     for rank in range(world):
-        rows = rows_of_rank(total, rank, world)
-        batches = batches_of_rank(total, rank, world, batch_size=batch, seed=1, epoch=epoch)
-        assert len(batches) == steps_per_epoch(total, world, batch)
-        sizes = [len(positions) for positions in batches]
-        assert max(sizes) <= batch
-        assert max(sizes) - min(sizes) <= 1
-        seen += [rows[position] for positions in batches for position in positions]
+        shares = part_of(workers, rank, world)
+        rows = rows_of_shares(total, shares, workers)
+        of_share = [batches_of_share(total, share, workers, batch_size=batch, seed=1, epoch=epoch) for share in shares]
+        starts = [part_of(total, share, workers).start for share in shares]
+        steps = [[start + row for start, part in zip(starts, step, strict=True) for row in part] for step in zip(*of_share, strict=True)]
+        assert all(row in rows for step in steps for row in step)
+        found.append(steps)
+    return found
+
+
+@given(st.integers(1, 400), st.integers(1, 9), st.integers(2, 40), st.integers(0, 3), st.data())
+def test_shards_over_ranks_partition_the_data_for_every_world_size(
+    total: int, workers: int, batch: int, epoch: int, data: st.DataObject
+) -> None:
+    world = data.draw(st.integers(1, workers))
+    seen = [row for steps in batches_of_ranks(total, workers, world, batch, epoch) for step in steps for row in step]
     assert sorted(seen) == list(range(total))
 
 
+@given(st.integers(1, 400), st.integers(1, 9), st.integers(2, 40), st.integers(0, 3), st.data())
+def test_a_step_trains_on_the_same_images_for_every_world_size(
+    total: int, workers: int, batch: int, epoch: int, data: st.DataObject
+) -> None:
+    def steps(world: int) -> list[list[int]]:
+        ranks = batches_of_ranks(total, workers, world, batch, epoch)
+        return [sorted(itertools.chain.from_iterable(parts)) for parts in zip(*ranks, strict=True)]
+
+    assert steps(data.draw(st.integers(1, workers))) == steps(workers)
+    assert max(map(len, steps(1))) <= workers * batch
+
+
+@given(st.integers(1, 400), st.integers(1, 9), st.integers(2, 40), st.integers(0, 3))
+def test_a_shares_batches_are_of_one_size_or_one_less(total: int, workers: int, batch: int, epoch: int) -> None:
+    for share in range(workers):
+        sizes = [len(part) for part in batches_of_share(total, share, workers, batch_size=batch, seed=1, epoch=epoch)]
+        assert len(sizes) == steps_per_epoch(total, workers, batch)
+        assert max(sizes) <= batch
+        assert max(sizes) - min(sizes) <= 1
+
+
 def test_every_epoch_has_another_order() -> None:
-    orders = {tuple(np.concatenate(batches_of_rank(50, 0, 2, batch_size=8, seed=0, epoch=epoch)).tolist()) for epoch in range(5)}
+    orders = {tuple(np.concatenate(batches_of_share(50, 0, 2, batch_size=8, seed=0, epoch=epoch)).tolist()) for epoch in range(5)}
     assert len(orders) == 5
 
 
@@ -199,11 +233,60 @@ def test_a_fit_killed_after_any_epoch_and_run_again_equals_an_undisturbed_one(wo
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+def after_looks(number: int) -> Callable[[], bool]:
+    """Yes at this look, and after it."""
+    looks = itertools.count()
+    return lambda: next(looks) >= number
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("looks", [0, 1, 3, 6])
+def test_a_fit_called_away_at_any_step_goes_on_at_that_step_as_if_never_stopped(
+    world: FitWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: int, workers: int
+) -> None:
+    monkeypatch.setattr(fit_module, "STEPS_BETWEEN_LOOKS", 1)
+    changes = {"unfreeze_depth": 3, "num_workers": workers, "batch_size": 8 if workers == 1 else 4, "max_epochs": 2}
+    undisturbed = result_of(world, world.plan(fit_uri=f"s3://unfreeze/fits/calm-{workers}", **changes), tmp_path)
+    plan = world.plan(fit_uri=f"s3://unfreeze/fits/called-{workers}-{looks}", **changes)
+    steps = steps_per_epoch(len(Training(plan, ALONE, world.store, tmp_path).train_labels_N), workers, plan.batch_size)
+    end = train(plan, ALONE, store=world.store, cache=tmp_path, asks=Asks(is_called_away=after_looks(looks)))
+    assert end == CALLED_AWAY
+    assert max(checkpoint.positions(world.store, f"{plan.fit_uri}/checkpoints"), default=(0, 0)) == divmod(looks, steps)
+    resumed = result_of(world, plan, tmp_path)
+    for left, right in zip(undisturbed["curve"], resumed["curve"], strict=True):
+        assert {**left, "seconds": 0} == {**right, "seconds": 0}
+    one, other = weights_at(world, undisturbed["fit_model_uri"]), weights_at(world, resumed["fit_model_uri"])
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_a_fit_that_finds_room_ends_after_an_epoch_and_goes_on_as_if_never_stopped(world: FitWorld, tmp_path: Path) -> None:
+    undisturbed = result_of(world, world.plan(fit_uri="s3://unfreeze/fits/small"), tmp_path)
+    plan = world.plan(fit_uri="s3://unfreeze/fits/grows")
+    trained: list[int] = []
+    ends = [
+        train(
+            plan, ALONE, store=world.store, cache=tmp_path, asks=Asks(has_room=lambda: True), on_epoch=lambda row: trained.append(row.epoch)
+        )
+        for _ in range(3)
+    ]
+    assert ends == [ROOM, ROOM, DONE]
+    assert trained == [1, 2, 3]
+    grown = json.loads(world.store.read(f"{plan.fit_uri}/result.json"))
+    one, other = weights_at(world, undisturbed["fit_model_uri"]), weights_at(world, grown["fit_model_uri"])
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def _timeless(training: Training) -> EpochRow:
+    row = training.epoch()
+    assert row
+    return dataclasses.replace(row, seconds=0)
+
+
 def test_images_decoded_at_each_use_train_the_same_model_as_images_kept(world: FitWorld, tmp_path: Path) -> None:
     kept = Training(world.plan(), ALONE, world.store, tmp_path)
     decoded = Training(world.plan(memory_budget_bytes=0), ALONE, world.store, tmp_path)
     assert type(kept.train_images) is not type(decoded.train_images)
-    assert dataclasses.replace(kept.epoch(), seconds=0) == dataclasses.replace(decoded.epoch(), seconds=0)
+    assert _timeless(kept) == _timeless(decoded)
 
 
 def seen(world: FitWorld, cache: Path, epoch: int, **changes: Any) -> list[torch.Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,13 @@ def test_the_head_stays_and_the_others_are_spot_machines_that_go_when_idle_but_f
         assert kinds[name]["min_workers"] == 1
         assert kinds[name]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert sum(kinds[name]["max_workers"] for name in ("cpu", "gpu")) <= cluster["max_workers"]
+
+
+def test_every_worker_listens_for_the_notice_that_it_will_be_taken_away(cluster: dict[str, Any]) -> None:
+    [listens] = [command for command in cluster["worker_start_ray_commands"] if "spot_notice" in command]
+    [module] = re.findall(r"\.venv/bin/python -m (\S+)", listens)
+    assert find_spec(module)
+    assert subprocess.run(["bash", "-n", "-c", listens], check=False).returncode == 0
 
 
 def test_the_machines_run_the_locked_versions_from_the_checkout(cluster: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.errors import UserError
-from ray_jobs.room import Demand, Machine, fit_demand, missing_for, places, require, require_room, trial_resources
+from ray_jobs.room import Demand, Machine, demand_now, fit_demand, missing_for, places, require, require_room, trial_resources
 from ray_jobs.spec import Spec, parse_spec
 
 MACHINES = st.lists(st.fixed_dictionaries({"CPU": st.integers(0, 4).map(float), "GPU": st.integers(0, 2).map(float)}), max_size=3)
@@ -56,6 +56,29 @@ def test_the_fit_takes_loaders_only_where_that_leaves_room_for_every_worker(work
     demand = fit_demand(workers, machines)
     least = Demand("It", dict.fromkeys(demand.each, 1.0), workers)
     assert (missing_for(demand, machines) is None) == (missing_for(least, machines) is None)
+
+
+@given(st.integers(1, 6), st.data(), MACHINES, MACHINES)
+def test_a_fit_that_has_begun_takes_as_many_workers_as_fit_or_waits_for_the_least(
+    workers: int, data: st.DataObject, before: list[Machine], now: list[Machine]
+) -> None:
+    begun, least = fit_demand(workers, before), data.draw(st.integers(1, workers))
+    demand = demand_now(begun, workers, least, now)
+    assert demand.each.keys() == begun.each.keys()
+    assert least <= demand.count <= workers
+    if missing_for(demand, now) is None:
+        one_more = Demand("It", dict.fromkeys(begun.each, 1.0), demand.count + 1)
+        assert demand.count == workers or missing_for(one_more, now) is not None
+    else:
+        assert demand.count == least
+
+
+def test_a_fit_may_begin_with_fewer_workers_only_where_the_spec_says_so() -> None:
+    spec = spec_with(3)
+    require_room(spec.model_copy(update={"fit": spec.fit.model_copy(update={"min_workers": 2})}), [{"CPU": 2}], fits=True)
+    with pytest.raises(UserError, match="needs 3 workers") as caught:
+        require_room(spec, [{"CPU": 2}], fits=True)
+    assert "fit.min_workers" in caught.value.way_out
 
 
 def test_the_missing_resource_is_named() -> None:

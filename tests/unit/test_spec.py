@@ -52,6 +52,7 @@ def test_all_mistakes_are_listed_at_once_with_the_path_of_each() -> None:
         ("storage=/tmp/x", "storage"),
         ("search.scheduler=asah", "search.scheduler"),
         ("fit.num_workers=0", "fit.num_workers"),
+        ("fit.min_workers=9", "min_workers: 9 is more than num_workers"),
         ("search.augmentation_strength=1.1", "search.augmentation_strength"),
         ("search.augmentation_strength=[]", "search.augmentation_strength"),
         ("search.augmentation_strength={low: 0.5, high: 2}", "between 0 and 1"),
