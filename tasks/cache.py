@@ -17,7 +17,7 @@ from infra.settings import cache_bytes, cache_dir
 from ray_jobs import feature_cache
 from ray_jobs.feature_batches import CONFIG, drop, open_selection
 from ray_jobs.feature_cache import LocalCopy
-from tasks.left_behind import DAY_S, abandoned, clock_of, folders
+from tasks.left_behind import DAY_S, abandoned, folders
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def prune(storage: str | None, *, older_than_days: float | None, to_bytes: int |
     store = object_store()
     kept = stored(store, storage)
     features = folders("features", storage, store.list(join_uri(storage, "features")))
-    left_behind = [folder.uri for folder in abandoned(features, clock_of(store, storage))]
+    left_behind = [folder.uri for folder in abandoned(features, time.time())]
     dropped = [kept[i] for i in chosen([(one.used_at, one.bytes) for one in kept], now=time.time(), **limits)]
     uris = [uri for one in dropped for uri in one.uris]
     if not dry_run:
