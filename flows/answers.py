@@ -206,7 +206,9 @@ def doctor(answer: dict[str, Any]) -> Table:
     marks = {"ok": "[green]✓ ok[/]", "note": "[yellow]• note[/]", "wrong": "[red]✗ wrong[/]"}
     for row in answer["findings"]:
         table.add_row("[green]✓ mended[/]" if row["fixed"] else marks[row["state"]], row["what"], Text(row["words"]))
-        if row["fix"] and not row["fixed"]:
+        if row["outcome"]:
+            table.add_row("", "", Text(f"→ {row['outcome']}", style="green" if row["fixed"] else "red"))
+        elif row["fix"]:
             by = " (`unfreeze doctor --fix` does it)" if row["fixable"] else ""
             table.add_row("", "", Text(f"→ {row['fix']}{by}", style="cyan"))
     return table

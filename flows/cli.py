@@ -144,11 +144,11 @@ def predict(
 
 @app.command()
 def doctor(
-    fix: Annotated[bool, typer.Option("--fix", help="Mend what a command can mend; without it, only said.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Say what a command can mend, then mend it, one finding at a time; without it, only look.")] = False,
     storage: Storage = DEFAULT_STORAGE,
     as_json: AsJson = False,
 ) -> None:
-    """What is reachable, what the store enforces, and where ledger, MLflow and S3 disagree."""
+    """What is reachable and configured, what the store enforces, and where Prefect, Ray, MLflow, S3 and the ledger disagree."""
     from flows import commands
 
     answer = commands.doctor(storage, fix=fix)

@@ -16,7 +16,7 @@ from infra import committed_folder, local_stack, progress, ray_cluster, settings
 from infra.errors import UnfreezeError, UserError
 from infra.local_stack import Stack
 from infra.object_store import object_store, split_uri
-from infra.settings import SERVICES, ServiceName
+from infra.settings import SERVICES
 from ray_jobs.sources import open_source
 from ray_jobs.spec import Spec, load_spec
 from tasks.cron import next_times
@@ -105,11 +105,8 @@ def history(name: str, *, verify: bool) -> dict[str, Any]:
 
 def doctor(storage: str, *, fix: bool) -> dict[str, Any]:
     """What `doctor --json` prints."""
-    wanted: list[ServiceName] = ["s3", "mlflow"]
-    if local_stack.status()["prefect"]["state"] != "stopped":
-        wanted.append("prefect")
-    with local_stack.session(wanted, storage=storage), progress.step("Looking at everything"):
-        from tasks import doctor as looking
+    with local_stack.session(["s3", "mlflow", "prefect"], storage=storage):
+        from tasks import doctor as looking  # whoever imports Prefect before it has an address starts a server
 
         return looking.diagnose(storage, fix=fix)
 

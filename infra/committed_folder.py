@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from infra.object_store import ObjectStore, join_uri
 
 MANIFEST = "MANIFEST.json"
 TRANSFER_THREADS = 8
+DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,15 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:
-        """Raises ValueError where it is no manifest."""
+        """Raises ValueError where it is no manifest, or names what is outside its folder: who fetches it writes files by its keys."""
         try:
-            return cls(tuple(Entry(row["key"], row["size"], row["sha256"]) for row in json.loads(data)["objects"]))
-        except (TypeError, KeyError) as error:
+            found = tuple(Entry(row["key"], row["size"], row["sha256"]) for row in json.loads(data)["objects"])
+            wrong = next((entry for entry in found if not _is_inside(entry.key) or not DIGEST.fullmatch(entry.sha256)), None)
+        except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a manifest: {error!r}") from None
+        if wrong is not None:
+            raise ValueError(f"no key of a folder with its digest: {wrong}")
+        return cls(found)
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,10 @@ def read_manifest(store: ObjectStore, uri: str) -> Manifest | None:
         return Manifest.from_json(store.read(join_uri(uri, MANIFEST)))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise UserError(
+            f"The {MANIFEST} at {uri} is damaged: {error}", "Have the folder written again, or put its manifest back."
+        ) from None
 
 
 def commit(
@@ -160,6 +170,11 @@ def fetch_object(store: ObjectStore, uri: str, entry: Entry, folder: Path) -> Pa
             _receive(store, uri, entry, folder, aside)
             (folder / aside).rename(path)
     return path
+
+
+def _is_inside(key: str) -> bool:
+    """Whether a key stays in its folder, on S3 as on a disk."""
+    return all(part not in ("", ".", "..") for part in key.split("/")) and not any(sign in key for sign in "\\\0")
 
 
 def _entry(key: str, content: Path | bytes) -> Entry:

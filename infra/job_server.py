@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Job:
     message: str
     ended_at: float | None
     """In seconds since 1970, by the clock of the cluster."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_over(self) -> bool:
@@ -92,13 +93,27 @@ class JobServer:
                 if "status code 404" in str(error):
                     return None
                 raise
-        ended_at = found.end_time / 1000 if found.end_time else None
-        return Job(job_id, str(getattr(found.status, "value", found.status)), found.message or "", ended_at)
+        return _job(job_id, found)
 
-    def submit(self, job_id: str, entrypoint: str, *, folder: Path, variables: Mapping[str, str], hook: str) -> None:
+    def unfinished(self) -> list[Job]:
+        """The submitted jobs that wait or run, whoever has submitted them."""
+        with _translated(self.address):
+            found = [_job(told.submission_id, told) for told in self._client.list_jobs() if told.submission_id]
+        return [job for job in found if not job.is_over]
+
+    def submit(
+        self,
+        job_id: str,
+        entrypoint: str,
+        *,
+        folder: Path,
+        variables: Mapping[str, str],
+        hook: str,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         """Start `entrypoint` in a copy of `folder`; harmless where a job of this id is there already.
 
-        `hook` is what each of its processes calls first. The variables can be read by whoever may ask the server.
+        `hook` is what each of its processes calls first. Variables and metadata can be read by whoever may ask the server.
         """
         from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
@@ -107,7 +122,7 @@ class JobServer:
         environment: dict[str, Any] = {"working_dir": str(folder), "env_vars": passed_on, "worker_process_setup_hook": hook}
         with _translated(self.address):
             try:
-                self._client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=environment)
+                self._client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=environment, metadata=dict(metadata or {}))
             except RuntimeError:
                 if self.find(job_id) is None:  # else another caller was first, or the answer to a request of ours was lost
                     raise
@@ -121,6 +136,11 @@ class JobServer:
         """The last lines that the job wrote."""
         with _translated(self.address):
             return "\n".join(self._client.get_job_logs(job_id).splitlines()[-lines:])
+
+
+def _job(job_id: str, told: Any) -> Job:
+    ended_at = told.end_time / 1000 if told.end_time else None
+    return Job(job_id, str(getattr(told.status, "value", told.status)), told.message or "", ended_at, told.metadata or {})
 
 
 def _host(address: str) -> str:

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from infra import launching, processes, services, stack_file, stack_worker
+from infra import launching, processes, services, stack_file, stack_worker, worker_environment
+from infra.addresses import credentials_of
 from infra.errors import ServiceError
 from infra.object_store import object_store, split_uri
 from infra.processes import ProcessRecord
@@ -289,6 +290,7 @@ def _end_all(home: Path, stack: StackFile) -> None:
     processes.end_by_grace(records)
     for server in stack.servers.values():
         shutil.rmtree(server.scratch, ignore_errors=True)
+    shutil.rmtree(home / worker_environment.FOLDER, ignore_errors=True)
     stack.servers, stack.worker = {}, None
     stack_file.write(home, stack)
 
@@ -313,8 +315,20 @@ def _client_variables(embedded: Collection[ServiceName], site: Site, settings: S
         variables |= services.client_environment(service, site)
     if "s3" not in embedded and (endpoint := settings.external("s3")) is not None:
         variables["AWS_ENDPOINT_URL"] = endpoint  # wherever it came from, one name for all who ask
+    variables |= _credentials_apart(embedded, settings)
     if embedded and (no_proxy := services.no_proxy()):
         variables |= {"NO_PROXY": no_proxy, "no_proxy": no_proxy}
+    return variables
+
+
+def _credentials_apart(embedded: Collection[ServiceName], settings: Settings) -> dict[str, str | None]:
+    """What addresses of the team's own carry, under the variables that each tool has for it: an address is logged, kept and linked to."""
+    variables: dict[str, str | None] = {}
+    if "mlflow" not in embedded and (found := credentials_of(settings.mlflow_tracking_uri or "")):
+        names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+        variables |= {"MLFLOW_TRACKING_URI": settings.external("mlflow"), **dict(zip(names, found, strict=True))}
+    if "prefect" not in embedded and (found := credentials_of(settings.prefect_api_url or "")):
+        variables |= {"PREFECT_API_URL": settings.external("prefect"), "PREFECT_API_AUTH_STRING": ":".join(found)}
     return variables
 
 

@@ -3,7 +3,7 @@ s3_upload.py and s3_download.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from infra.errors import UserError
 from infra.s3_client import S3Access
 from infra.s3_download import download, get
-from infra.s3_upload import Place, abort_stale, delete, put, put_if_absent, upload
+from infra.s3_upload import Place, abort_stale, delete, put, put_if_absent, stale, upload
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -128,6 +128,11 @@ class S3ObjectStore:
                 f"The bucket {bucket!r} does not exist at {self.client.meta.endpoint_url}.",
                 "Create it, or name another one under `storage:` in the spec.",
             ) from None
+
+    def stale_uploads(self, prefix_uri: str) -> Sequence[str]:
+        """What was being uploaded below `prefix_uri`, and nobody carried on for a day."""
+        bucket, prefix = split_uri(prefix_uri)
+        return [Place(bucket, upload["Key"]).uri for upload in stale(self.access, bucket, prefix)]
 
     def abort_stale_uploads(self, prefix_uri: str) -> int:
         """End uploads below `prefix_uri` that nobody carried on for a day; returns how many."""

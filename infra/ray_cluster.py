@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from infra import worker_environment
 from infra.errors import ServiceError, UnfreezeError
-from infra.settings import cache_dir
+from infra.settings import cache_dir, home_dir
 
 CONNECT_TIMEOUT_S = 15.0
 ATTEMPT_TIMEOUT_S = 5.0
@@ -29,6 +30,7 @@ INSIDE_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _keeps_open: ContextVar[bool] = ContextVar("keeps_open", default=False)
 KEEP_BYTES = str(1024**3)
 """glibc hands large freed blocks back to the system at once, and torch asks for the same again a moment later: see docs/LOG.md."""
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": KEEP_BYTES, "MALLOC_TRIM_THRESHOLD_": KEEP_BYTES}
 FOR_WORKERS = ("AWS_", "UNFREEZE_CACHE_DIR", "UNFREEZE_S3_DEADLINE_S", "RAY_USAGE_STATS_ENABLED", "NO_PROXY", "no_proxy")
 
 
@@ -127,10 +129,11 @@ def _await_opening() -> None:
 def runtime_environment(address: str) -> dict[str, Any]:
     """What every worker gets: the way to S3, the cache, and, on machines other than this one, our code."""
     variables = {name: value for name, value in os.environ.items() if name.startswith(FOR_WORKERS) and name != "AWS_CA_BUNDLE"}
-    variables |= {"MALLOC_MMAP_THRESHOLD_": KEEP_BYTES, "MALLOC_TRIM_THRESHOLD_": KEEP_BYTES}
     if address.rpartition(":")[0] in LOOPBACK:
-        return {"env_vars": {**variables, "UNFREEZE_CACHE_DIR": str(cache_dir())}}
-    return {"env_vars": variables, "py_modules": [str(ROOT / "ray_jobs"), str(ROOT / "infra")]}
+        path = worker_environment.keep(home_dir(), {**variables, "UNFREEZE_CACHE_DIR": str(cache_dir())})
+        known = {worker_environment.PATH: str(path), **ALLOCATOR}
+        return {"env_vars": known, "worker_process_setup_hook": worker_environment.HOOK}
+    return {"env_vars": {**variables, **ALLOCATOR}, "py_modules": [str(ROOT / "ray_jobs"), str(ROOT / "infra")]}
 
 
 def _described(address: str) -> Cluster:

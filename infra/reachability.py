@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
+from infra import ray_cluster
 from infra.errors import UnfreezeError
 from infra.s3_client import new_client
 from infra.settings import ServiceName
@@ -41,17 +43,43 @@ def _request(service: ServiceName, status: dict[str, Any]) -> str | None:
         _list_a_bucket(status)
         return None
     if service == "mlflow":
-        return _get(f"{status['uri'].rstrip('/')}/version").strip()
+        if not status["uri"].startswith("http"):
+            return None  # a database or a folder, which MLflow opens itself
+        return _get(f"{status['uri'].rstrip('/')}/version", auth=_mlflow_auth()).strip()
     if service == "prefect":
-        return str(json.loads(_get(f"{status['api_url'].rstrip('/')}/admin/version")))
-    if status.get("dashboard_url"):
-        headers = {"Authorization": f"Bearer {status['token']}"} if status.get("token") else {}
-        return str(json.loads(_get(f"{status['dashboard_url']}/api/version", headers))["ray_version"])
-    return None
+        return str(json.loads(_get(f"{status['api_url'].rstrip('/')}/admin/version", _prefect_headers(), auth=_prefect_auth())))
+    return _ask_ray(status)
 
 
-def _get(url: str, headers: dict[str, str] | None = None) -> str:
-    answer = httpx.get(url, timeout=TIMEOUT_S, headers=headers or {}, follow_redirects=False)
+def _ask_ray(status: dict[str, Any]) -> str | None:
+    """An embedded Ray by its dashboard, another one by its job server or by its head."""
+    page = status.get("dashboard_url") or status["address"]
+    if not page.startswith("http"):
+        ray_cluster.see_todays_variables()
+        ray_cluster.require_answer(page)
+        return None
+    token = status.get("token") or os.environ.get("RAY_AUTH_TOKEN")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return str(json.loads(_get(f"{page.rstrip('/')}/api/version", headers))["ray_version"])
+
+
+def _mlflow_auth() -> tuple[str, str] | None:
+    user, password = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD")
+    return (user, password) if user and password else None
+
+
+def _prefect_auth() -> tuple[str, str] | None:
+    user, colon, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
+    return (user, password) if colon else None
+
+
+def _prefect_headers() -> dict[str, str]:
+    key = os.environ.get("PREFECT_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _get(url: str, headers: dict[str, str] | None = None, *, auth: tuple[str, str] | None = None) -> str:
+    answer = httpx.get(url, timeout=TIMEOUT_S, headers=headers or {}, auth=auth, follow_redirects=False)
     answer.raise_for_status()
     return answer.text
 

@@ -163,9 +163,14 @@ def upload(access: S3Access, path: Path, place: Place) -> None:
     raise ServiceError(f"S3 at {access.endpoint} lost the upload of {place.uri} {RESTARTS} times.", "The same command carries on.")
 
 
+def stale(access: S3Access, bucket: str, prefix: str, *, older_than_s: float = STALE_S) -> list[MultipartUploadTypeDef]:
+    """The uploads below a prefix that nobody carried on: their parts cost space, and no listing shows them."""
+    return [upload for upload in _uploads(access, bucket, prefix) if _age_s(upload) > older_than_s]
+
+
 def abort_stale(access: S3Access, bucket: str, prefix: str, *, older_than_s: float = STALE_S) -> int:
-    """End the uploads below a prefix that nobody carried on: their parts cost space, and no listing shows them. Returns how many."""
-    return sum(_abort(access, bucket, upload) for upload in _uploads(access, bucket, prefix) if _age_s(upload) > older_than_s)
+    """End them; returns how many."""
+    return sum(_abort(access, bucket, upload) for upload in stale(access, bucket, prefix, older_than_s=older_than_s))
 
 
 def _upload_in_parts(access: S3Access, path: Path, place: Place, parts: list[Part]) -> bool:

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from pydantic import AliasChoices, ByteSize, Field, SecretStr, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from infra import addresses
 from infra.errors import UserError
 
 ServiceName = Literal["s3", "mlflow", "prefect", "ray"]
@@ -41,14 +42,13 @@ class Settings(BaseSettings):
     start_timeout_s: float = Field(default=180.0, gt=0, description="How long one embedded service may take to answer.")
 
     def external(self, service: ServiceName) -> str | None:
-        """The address of a service that is the team's own: used, never started or stopped. None where it is embedded."""
-        addresses = {
-            "s3": self.aws_endpoint_url,
-            "mlflow": self.mlflow_tracking_uri,
-            "prefect": self.prefect_api_url,
-            "ray": self.ray_address,
-        }
-        return addresses[service]
+        """The address of a service that is the team's own: used, never started or stopped. None where it is embedded.
+
+        Without the credentials that a web address may carry; a database, which MLflow takes too, keeps its own.
+        """
+        named = {"s3": self.aws_endpoint_url, "mlflow": self.mlflow_tracking_uri, "prefect": self.prefect_api_url, "ray": self.ray_address}
+        found = named[service]
+        return addresses.shown(found) if found and found.startswith(("http://", "https://")) else found
 
 
 def load() -> Settings:
@@ -69,6 +69,14 @@ def cache_dir() -> Path:
     """UNFREEZE_CACHE_DIR, or `cache` in the home; absolute, made with mode 0700 where missing."""
     chosen = load().cache_dir
     return _private_dir(chosen.expanduser().absolute() if chosen else home_dir() / "cache")
+
+
+def set_here() -> list[str]:
+    """Each UNFREEZE_ variable that is set, as it may be shown: of secrets, only that they are."""
+    found = load()
+    named = [name for name, field in Settings.model_fields.items() if field.validation_alias is None and name in found.model_fields_set]
+    values = {name: getattr(found, name) for name in named}
+    return [f"UNFREEZE_{name.upper()}{' is set' if isinstance(value, SecretStr) else f'={value}'}" for name, value in values.items()]
 
 
 def user() -> str:

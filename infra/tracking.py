@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from infra.addresses import shown
 from infra.errors import ServiceError
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def translated() -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        where = os.environ.get("MLFLOW_TRACKING_URI", "")
+        where = shown(os.environ.get("MLFLOW_TRACKING_URI", ""))
         raise ServiceError(
             f"MLflow at {where} refused or did not answer: {error}", "Check MLFLOW_TRACKING_URI and that the server is up."
         ) from error
@@ -124,7 +125,7 @@ def add_file(run_id: str, path: Path, *, as_name: str) -> None:
 
 def link(experiment: str, run_id: str, name: str) -> str:
     """Where MLflow's page shows a file beside a run."""
-    return f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/#/experiments/{experiment}/runs/{run_id}/artifacts/{name}"
+    return f"{shown(os.environ['MLFLOW_TRACKING_URI']).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}/artifacts/{name}"
 
 
 def write_children(experiment: str, parent_run_id: str, records: Sequence[RunRecord]) -> None:
@@ -134,6 +135,38 @@ def write_children(experiment: str, parent_run_id: str, records: Sequence[RunRec
         missing = [record for record in records if record.identity not in kept]
         with ThreadPoolExecutor(WRITERS) as pool:
             list(pool.map(lambda record: _write(experiment, record, parent=parent_run_id), missing))
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A run of ours that MLflow takes for RUNNING: half-written, or being written at this moment."""
+
+    run_id: str
+    name: str
+    experiment: str
+    tags: Mapping[str, str]
+
+
+def unfinished() -> Iterator[Unfinished]:
+    """Every run of ours that is RUNNING."""
+    with translated():
+        for experiment in client().search_experiments():
+            for run in _search(experiment.experiment_id, "attributes.status = 'RUNNING'"):
+                if IDENTITY_TAG in run.data.tags:
+                    yield Unfinished(run.info.run_id, run.info.run_name or "", experiment.name, run.data.tags)
+
+
+def is_unfinished(run_id: str) -> bool:
+    """Whether the run is there, and RUNNING."""
+    with translated():
+        found = client().get_run(run_id).info
+    return str(found.status) == "RUNNING" and str(found.lifecycle_stage) == "active"
+
+
+def delete(run_id: str) -> None:
+    """Delete a run; MLflow keeps it for a while, so that it can be restored."""
+    with translated():
+        client().delete_run(run_id)
 
 
 def past_trials(experiment_name: str, backbone: str) -> Iterator[tuple[dict[str, str], dict[str, float]]]:

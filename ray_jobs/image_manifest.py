@@ -47,8 +47,9 @@ def read_image_manifest(source: str, make_store: StoreFactory, slices: Sequence[
             rejected.append(Rejected(name, "missing", "the row names no image"))
         elif not line.label or not as_label(line.label):
             rejected.append(Rejected(name, "no_label", f"row {line.number} has no label"))
+        elif not (location := _location(source, line.image)):
+            rejected.append(Rejected(name, "unsafe_path", "a manifest on S3 names a file of this machine"))
         else:
-            location = _location(source, line.image)
             size_bytes = sizes.get(location, 0) if location.startswith("s3://") else _size(location)
             group = line.group and storable(line.group)
             items.append(Item(name, as_label(line.label), location, size_bytes, group, _split(source, line), line.slices))
@@ -153,9 +154,11 @@ def _split(source: str, line: _Line) -> str | None:
 
 
 def _location(source: str, image: str) -> str:
-    """Where an image lies: as written when absolute or on S3, else relative to the manifest."""
-    if image.startswith("s3://") or os.path.isabs(image):
+    """Where an image lies: as written when absolute or on S3, else relative to the manifest; "" where that may not be told from S3."""
+    if image.startswith("s3://"):
         return image
+    if os.path.isabs(image):
+        return "" if source.startswith("s3://") else image
     if source.startswith("s3://"):
         bucket, key = split_uri(source)
         return f"s3://{bucket}" + posixpath.normpath(posixpath.join("/", posixpath.dirname(key), image))

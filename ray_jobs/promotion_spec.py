@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -56,6 +56,12 @@ class PromotionSpec(BaseModel):
         pattern=r"^https?://[^\s/@]+(/\S*)?$",
         description="URL, no secret in it, that gets each decision as JSON, signed with UNFREEZE_WEBHOOK_SECRET.",
     )
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """As reports and evidence show it: of the webhook the host alone, because the path is often a secret all the same."""
+        host = self.webhook and "/".join(self.webhook.split("/")[:3])
+        return {**self.model_dump(mode="json"), "webhook": host}
 
     @field_validator("slices")
     @classmethod

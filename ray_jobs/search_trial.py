@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -194,6 +195,7 @@ def drive_tune(
     """
     free = FreeLanes(lanes)
     proposals = Proposals(engine, free)
+    _keep_keys_apart()
     with _quiet(lanes), tempfile.TemporaryDirectory(prefix="unfreeze-tune-") as scratch:
         if shared["lanes"]:
             proposals.start_ahead(shared)
@@ -209,6 +211,11 @@ def drive_tune(
             ),
         )  # fmt: skip
         tuner.fit()
+
+
+def _keep_keys_apart() -> None:
+    """Tune would give the driver's S3 keys to each trial's process by its command line; ours have them already, from a file."""
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")}
 
 
 @contextmanager

@@ -335,6 +335,8 @@ def _member_name(member: zipfile.ZipInfo) -> str:
 
 
 def _read_member(archive: zipfile.ZipFile, item: Item, limit: int) -> bytes:
+    if item.size_bytes > limit:  # as the zip says, which is also as far as it is unpacked
+        raise BadImageError("oversized", f"more than {limit >> 20} MiB")
     try:
         with archive.open(archive.infolist()[int(item.location)]) as file:
             return _bounded(file.read(limit + 1), limit)

@@ -8,7 +8,7 @@ from infra import progress, registry
 from infra.committed_folder import verify
 from infra.errors import UnfreezeError, UserError
 from infra.object_store import object_store
-from tasks import approval, approval_page
+from tasks import approval, approval_page, stale_pages
 from tasks.ledger_book import ARTIFACT, append, follow, now, open_book, plain_entry, tell
 from tasks.lineage import manifest_digest, weights_digest
 from tasks.notifying import send
@@ -22,6 +22,7 @@ def answer(model: str, request_id: str, *, approve: bool, by: str, reason: str, 
     settled = {"status": "promoted" if approve else "kept", "serving": open_book(model).champion, "entry": entry, "request": None}
     if not on_its_page:
         _close(request_id, entry, approved=approve)
+    stale_pages.end_all(model)
     send(webhook, model, settled)
     return settled
 

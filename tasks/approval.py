@@ -49,11 +49,20 @@ def ask(book: Book, spec: Spec, verdict: dict[str, Any]) -> dict[str, Any]:
 
 def open_requests(book: Book) -> list[dict[str, Any]]:
     """The requests that can still be answered, the oldest first; one that was altered is none."""
+    return [request for request in _requests(book) if not closed(book, request)]
+
+
+def unanswered(book: Book) -> list[dict[str, Any]]:
+    """The requests that expired, and for no other reason cannot be answered, the oldest first."""
+    return [one for one in _requests(book) if closed(book, one) and not closed(book, one, datetime.fromisoformat(one["at"]))]
+
+
+def _requests(book: Book) -> list[dict[str, Any]]:
     found = []
     for info in object_store().list(_folder(book)):
         with suppress(UserError):
             found.append(_read(book, info.uri.rpartition("/")[2].removesuffix(".json")))
-    return sorted((request for request in found if not closed(book, request)), key=lambda request: (request["at"], request["id"]))
+    return sorted(found, key=lambda request: (request["at"], request["id"]))
 
 
 def read(book: Book, request_id: str) -> dict[str, Any]:

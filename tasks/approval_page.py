@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 from uuid import UUID
@@ -18,8 +19,17 @@ from uuid import UUID
 from httpx import HTTPStatusError
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactCreate
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterTags
-from prefect.client.schemas.objects import FlowRun, State, StateDetails
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateDetails, StateType
 from prefect.input import RunInput
 from prefect.states import Cancelled, Completed, Suspended
 from prefect.utilities.urls import url_for
@@ -41,6 +51,16 @@ class Answer(RunInput):
     answer: Literal["approve", "reject"] = Field(description="approve: this version serves from now on.")
     by: str = Field(min_length=1, max_length=200, title="Your name", description="It goes into the ledger.")
     reason: str = Field("", max_length=2000, description="It goes into the ledger.")
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A page that waits for an answer: its flow run's name, and what was asked where."""
+
+    name: str
+    storage: str
+    model: str
+    request_id: str
 
 
 FORM = {part: f"{FLOW}-{part}" for part in ("description", "response", "schema")}
@@ -73,6 +93,16 @@ def close(request_id: str, words: str, *, approved: bool) -> bool:
         for flow_run in waiting:
             client.set_flow_run_state(flow_run.id, end)
         return bool(waiting)
+
+
+def waiting(model: str | None = None) -> list[Waiting]:
+    """The pages on which nobody has answered yet, of one model or of all."""
+    paused = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PAUSED]))
+    tagged = None if model is None else FlowRunFilterTags(all_=[model])
+    this = FlowFilter(name=FlowFilterName(any_=[FLOW]))
+    with prefect_client() as client:
+        found = client.read_flow_runs(flow_filter=this, flow_run_filter=FlowRunFilter(state=paused, tags=tagged))
+    return [Waiting(one.name, *(str(one.parameters.get(name)) for name in PARAMETERS)) for one in found]
 
 
 def answer_of(flow_run_id: str) -> Answer:

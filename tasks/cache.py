@@ -17,8 +17,7 @@ from infra.settings import cache_bytes, cache_dir
 from ray_jobs import feature_cache
 from ray_jobs.feature_batches import CONFIG, drop, open_selection
 from ray_jobs.feature_cache import LocalCopy
-
-DAY_S = 86400.0
+from tasks.left_behind import DAY_S, abandoned, folders
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,8 @@ def prune(storage: str | None, *, older_than_days: float | None, to_bytes: int |
         return _answer("local", dry_run, [str(copy.path) for copy in gone], sum(copy.size_bytes for copy in gone), _left(copies, gone))
     store = object_store()
     kept = stored(store, storage)
-    left_behind = unfinished(store, storage, before=time.time() - DAY_S)
+    features = folders("features", storage, store.list(join_uri(storage, "features")))
+    left_behind = [folder.uri for folder in abandoned(features, time.time())]
     dropped = [kept[i] for i in chosen([(one.used_at, one.bytes) for one in kept], now=time.time(), **limits)]
     uris = [uri for one in dropped for uri in one.uris]
     if not dry_run:
@@ -108,17 +108,6 @@ def stored(store: ObjectStore, storage: str) -> list[Kept]:
         used_at = uses.get(digest) or max(modified for _, modified in inside)
         kept.append(_kept(digest, about, sum(size for size, _ in inside), used_at, tuple(join_uri(root, name) for name in names)))
     return sorted(kept, key=lambda one: (one.used_at, one.set))
-
-
-def unfinished(store: ObjectStore, storage: str, *, before: float) -> list[str]:
-    """Folders without a manifest that nobody wrote to since `before` (seconds since 1970): what killed passes left behind."""
-    root, newest, finished = join_uri(storage, "features"), dict[str, float](), set[str]()
-    for info in store.list(root):
-        folder, _, key = info.uri[len(root) + 1 :].partition("/")
-        newest[folder] = max(newest.get(folder, 0.0), info.modified_at)
-        if key == MANIFEST:
-            finished.add(folder)
-    return [join_uri(root, folder) for folder, at in newest.items() if folder not in finished and at < before]
 
 
 def _about(store: ObjectStore, uris: Sequence[str]) -> list[dict[str, Any]]:

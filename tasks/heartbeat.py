@@ -22,6 +22,7 @@ from infra import processes
 from infra.errors import ServiceError
 from infra.lease import Holder, this_machine
 from tasks.deployments import prefect_client
+from tasks.ray_job import ThisProcess
 from tasks.reaper import BEAT_S, Watch, labels_of, reap
 
 REQUEST_S = 5.0
@@ -56,6 +57,7 @@ def heartbeat(flow_run_id: str | None, beat_s: float = BEAT_S) -> Iterator[None]
     work = contextvars.copy_context()  # Prefect's address may be a setting of this context alone
     thread = threading.Thread(target=work.run, args=(_beat, mine, done, beat_s), name="heartbeat", daemon=True)
     _Beating.ids.add(flow_run_id)
+    ThisProcess.flow_run_id = flow_run_id
     thread.start()
     try:
         yield
@@ -76,7 +78,7 @@ def _beat(mine: Holder, done: threading.Event, beat_s: float) -> None:
     while True:
         with suppress(ServiceError), prefect_client(timeout_s=REQUEST_S) as client:
             attempt = attempt or client.read_flow_run(me).run_count
-            client.update_flow_run_labels(me, labels_of(mine, attempt, beat))
+            client.update_flow_run_labels(me, labels_of(mine, attempt, beat, ThisProcess.waits_for))
             if not done.is_set():
                 reap(client, watch)
         beat += 1

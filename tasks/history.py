@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from infra import registry
 from infra.committed_folder import verify as verify_folder
-from infra.errors import UnfreezeError, UserError
+from infra.errors import UserError
 from infra.ledger import SERVING, Entry, champion_of, readable, verify
 from infra.ledger_choice import open_ledger
 from infra.object_store import ObjectStore, object_store
 from tasks.approval import open_requests
-from tasks.ledger_book import ARTIFACT, find_storage, open_book, plain_entry
-from tasks.lineage import JUDGEMENT, manifest_digest, weights_digest
+from tasks.ledger_book import find_storage, open_book, plain_entry
+from tasks.lineage import JUDGEMENT, manifest_digest
+from tasks.serving import GONE, alterations
 
 
 def history(name: str) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def verified_history(name: str) -> dict[str, Any]:
     problems = [*found["problems"]]
     for entry in entries:
         problems += [f"entry {entry.number}: {what}" for what in _evidence_problems(store, entry)]
-    problems += _weights_problems(store, name, entries)
+    problems += _weights_problems(name, entries)
     return found | {"verified": not problems, "problems": problems}
 
 
@@ -62,20 +62,12 @@ def _folder_problems(store: ObjectStore, uri: str, wanted: str, what: str) -> li
         return [f"{what} missing: nothing lies at {uri}"]
 
 
-def _weights_problems(store: ObjectStore, name: str, entries: list[Entry]) -> list[str]:
+def _weights_problems(name: str, entries: list[Entry]) -> list[str]:
     problems = []
     served = {entry.to_version: entry.digests["weights"] for entry in entries if entry.verdict in SERVING and "weights" in entry.digests}
     for version, wanted in served.items():
-        found = registry.get(name, version)
-        uri = found.tags.get(ARTIFACT, "") if found else ""
-        if not uri:
-            if version == champion_of(entries):  # of a former one it is tidying up
-                problems.append(f"version {version} serves, but it was deleted from MLflow")
+        found = alterations(name, version, wanted)
+        if found == [GONE] and version != champion_of(entries):  # of a former one it is tidying up
             continue
-        try:
-            problems += [f"version {version}: {problem.key} at {uri} is {problem.what}" for problem in verify_folder(store, uri)]
-            if weights_digest(store, uri) != wanted:
-                problems.append(f"version {version}: the weights at {uri} are not those that were promoted")
-        except UnfreezeError as error:
-            problems.append(f"version {version}: {error.what}")
+        problems += [f"version {version}{' serves, but' if what == GONE else ':'} {what}" for what in found]
     return problems

@@ -63,7 +63,7 @@ def judge_version(
             "overlap": gathered.overlap,
             "unchecked": gathered.unchecked,
             "evaluation": {"uri": evaluation["uri"], "digest": manifest_digest(store, evaluation["uri"])},
-            "promotion": spec.promotion.model_dump(mode="json"),
+            "promotion": spec.promotion.shown,
         }
         evidence_uri = keep_evidence(store, spec, found)
     digests = {

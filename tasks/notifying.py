@@ -15,7 +15,7 @@ def send(url: str | None, model: str, settled: dict[str, Any]) -> str | None:
         return None
     problem = webhook.notify(url, decision(model, settled), settings.webhook_secret())
     if problem:
-        progress.say(f"[yellow]note:[/] the webhook did not get the decision: {problem}. The decision stands.")
+        progress.say(f"[yellow]note:[/] the webhook did not get the decision: {problem} The decision stands.")
     return problem
 
 
@@ -38,4 +38,4 @@ def tell_of_failure(url: str | None, model: str, words: str, flow_run_id: str) -
     }
     problem = webhook.notify(url, told, settings.webhook_secret())
     if problem:
-        progress.say(f"[yellow]note:[/] the webhook {url} did not get the news of the failure: {problem}.")
+        progress.say(f"[yellow]note:[/] nobody got the news of the failure: {problem}")

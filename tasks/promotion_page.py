@@ -8,7 +8,7 @@ from infra import progress, registry, settings, tracking
 from infra.object_store import join_uri, object_store
 from ray_jobs.dataset import open_dataset
 from ray_jobs.spec import Spec, digest_of
-from tasks import approval_page
+from tasks import approval_page, stale_pages
 from tasks.policies import effect
 from tasks.report_promotion_content import disagreements
 
@@ -43,10 +43,11 @@ def page_content(name: str, dataset: dict[str, Any], verdict: dict[str, Any], se
 def show_promotion(
     spec: Spec, dataset: dict[str, Any], verdict: dict[str, Any], settled: dict[str, Any], report_link: str | None
 ) -> dict[str, Any]:
-    """What was settled, with its "page", and "page_path" on this disk. A request waits on Prefect's page from now on.
+    """What was settled, with its "page", and "page_path" on this disk. A request waits on Prefect's page from now on, older ones no more.
 
     Where a report has told of a verdict already (`report_link`), only a request gets a page of its own: it says how to answer.
     """
+    stale_pages.end_all(spec.name)
     if report_link is not None and settled["request"] is None:
         return {**settled, "page": report_link}
     from tasks.report_promotion import PromotionContent, render

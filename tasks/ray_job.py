@@ -40,7 +40,17 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 2.0
 STOP_LOOKS = 60
 PATIENCE_S = 60.0
 """How long the job server may be silent before the step fails; its job goes on meanwhile."""
+NAMED = "unfreeze-"
+"""How the ids of our jobs begin."""
+FLOW_RUN = "unfreeze.flow_run_id"
 CARRY_ON = "The same command carries on."
+
+
+class ThisProcess:
+    """Which flow run submits jobs here, told to Ray with each; and which jobs it waits for, told by its heartbeat: nobody stops these."""
+
+    flow_run_id = ""
+    waits_for: set[str] = set()  # noqa: RUF012 - of the process, on purpose
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class _Call:
     def name(self) -> str:
         """The same for the same work of the same code."""
         content = [self.entry, self.arguments, self.storage, self.packages, _code_version(self.packages)]
-        return f"unfreeze-{self.entry.rpartition(':')[2].replace('_', '-')}-{digest_of(content)[:16]}"
+        return f"{NAMED}{self.entry.rpartition(':')[2].replace('_', '-')}-{digest_of(content)[:16]}"
 
     def objects(self, job_id: str) -> JobObjects:
         return JobObjects(object_store(), join_uri(self.storage, "jobs", job_id))
@@ -70,7 +80,7 @@ def run_as_job(entry: str, arguments: Plain, *, address: str, storage: str, watc
     call = _Call(entry, arguments, server, storage, tuple(packages))
     while True:
         job_id, shown = _current(call), _Shown(watch)
-        with _stopped_if_interrupted(server, job_id):
+        with _stopped_if_interrupted(server, job_id), _waiting_for(job_id):
             if server.find(job_id) is None:
                 _submit(call, job_id)
             job = _await_end(call, job_id, shown)
@@ -105,7 +115,9 @@ def _submit(call: _Call, job_id: str) -> None:
             shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
         (folder / job_environment.FILE).write_text(json.dumps(job_environment.given(os.environ)))
         command = f'"${{{job_environment.PYTHON}:-python}}" -m ray_jobs.job {shlex.quote(objects.uri)}'
-        call.server.submit(job_id, command, folder=folder, variables=variables, hook=job_environment.HOOK)
+        call.server.submit(
+            job_id, command, folder=folder, variables=variables, hook=job_environment.HOOK, metadata={FLOW_RUN: ThisProcess.flow_run_id}
+        )
 
 
 def _await_end(call: _Call, job_id: str, shown: _Shown) -> Job:
@@ -171,6 +183,15 @@ def _why(server: JobServer, job: Job) -> str:
     with suppress(ServiceError):  # there is none where the job never started
         log = server.log_tail(job.id)
     return log or job.message
+
+
+@contextmanager
+def _waiting_for(job_id: str) -> Iterator[None]:
+    ThisProcess.waits_for.add(job_id)
+    try:
+        yield
+    finally:
+        ThisProcess.waits_for.discard(job_id)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ a Prefect that was away for an hour kills a flow run that lives.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -26,6 +26,7 @@ PATIENCE_S = 60.0
 RESTARTS = 3
 """How often a flow run that a worker starts is started again; one that kills its own process each time must end."""
 PAGE = 200
+JOBS = "unfreeze.jobs"
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,27 @@ def reap(client: SyncPrefectClient, watch: Watch) -> list[Lost]:
 
 def running(client: SyncPrefectClient) -> Iterator[tuple[FlowRun, Holder]]:
     """The flow runs of ours that Prefect takes for RUNNING and that have a heartbeat."""
-    state = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING]))
-    ours, at_work = FlowFilter(name=FlowFilterName(any_=list(FLOWS))), FlowRunFilter(state=state)
+    for flow_run in in_states(client, StateType.RUNNING):
+        holder = holder_of(flow_run)
+        if holder is not None:
+            yield flow_run, holder
+
+
+def in_states(client: SyncPrefectClient, *states: StateType) -> Iterator[FlowRun]:
+    """The flow runs of ours in any of these states."""
+    state = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states)))
+    ours, wanted = FlowFilter(name=FlowFilterName(any_=list(FLOWS))), FlowRunFilter(state=state)
     offset = 0
-    while found := client.read_flow_runs(flow_filter=ours, flow_run_filter=at_work, limit=PAGE, offset=offset):
-        yield from ((flow_run, holder) for flow_run in found if (holder := holder_of(flow_run)) is not None)
+    while found := client.read_flow_runs(flow_filter=ours, flow_run_filter=wanted, limit=PAGE, offset=offset):
+        yield from found
         if len(found) < PAGE:
             return
         offset += PAGE
 
 
-def crash(client: SyncPrefectClient, flow_run: FlowRun, holder: Holder) -> Lost | None:
+def crash(client: SyncPrefectClient, flow_run: FlowRun, holder: Holder | None) -> Lost | None:
     """Say that it crashed, unless it has ended by itself meanwhile. Not by force: Prefect then frees its place among those at work."""
-    words = f"Its process was ended: {holder} shows no sign of life. The next start carries on where it was."
+    words = f"Its process was ended: {holder or 'it'} shows no sign of life. The next start carries on where it was."
     if client.set_flow_run_state(flow_run.id, Crashed(message=words)).status != SetStateStatus.ACCEPT:
         return None
     again = flow_run.deployment_id is not None and flow_run.run_count <= RESTARTS
@@ -87,9 +96,10 @@ def crash(client: SyncPrefectClient, flow_run: FlowRun, holder: Holder) -> Lost 
     return Lost(flow_run.id, flow_run.name, words, again)
 
 
-def labels_of(holder: Holder, attempt: int, beat: int) -> dict[str, str | int | float | bool]:
-    """The heartbeat as Prefect keeps it, beside the flow run; `attempt` is the flow run's `run_count`."""
+def labels_of(holder: Holder, attempt: int, beat: int, job_ids: Collection[str] = ()) -> dict[str, str | int | float | bool]:
+    """The heartbeat as Prefect keeps it, beside the flow run; `attempt` is the flow run's `run_count`, `job_ids` what it waits for."""
     return {
+        JOBS: " ".join(sorted(job_ids)),
         "unfreeze.attempt": attempt,
         "unfreeze.machine": holder.machine,
         "unfreeze.host": holder.host,
@@ -97,6 +107,11 @@ def labels_of(holder: Holder, attempt: int, beat: int) -> dict[str, str | int | 
         "unfreeze.started": holder.create_time,
         "unfreeze.beat": beat,
     }
+
+
+def jobs_of(flow_run: FlowRun) -> set[str]:
+    """The ids of the Ray jobs that it waits for."""
+    return set(str((flow_run.labels or {}).get(JOBS, "")).split())
 
 
 def holder_of(flow_run: FlowRun) -> Holder | None:

@@ -42,7 +42,7 @@ def render_report(spec: Spec, parts: dict[str, Any]) -> str:
         content = ReportContent(
             name=spec.name,
             created_at=evaluation["at"],
-            spec=spec.model_dump(mode="json"),
+            spec=_shown(spec),
             versions=_versions(),
             git_commit=git_commit(),
             dataset=parts["dataset"],
@@ -84,12 +84,16 @@ def report_search(spec: Spec, parts: dict[str, Any], run_id: str) -> dict[str, s
 
     with progress.step("Rendering the report"):
         content = SearchContent(
-            name=spec.name, spec=spec.model_dump(mode="json"), versions=_versions(), git_commit=git_commit(), dataset=parts["dataset"],
+            name=spec.name, spec=_shown(spec), versions=_versions(), git_commit=git_commit(), dataset=parts["dataset"],
             search=parts["search"], features=parts["features"],
         )  # fmt: skip
         path = _local_copy(f"{spec.name}-search-{parts['search']['search_id'][:8]}", render(content))
         tracking.add_file(run_id, path, as_name=REPORT)
     return {"path": str(path), "uri": f"runs:/{run_id}/{REPORT}", "link": tracking.link(tracking.experiment_id(spec.name), run_id, REPORT)}
+
+
+def _shown(spec: Spec) -> dict[str, Any]:
+    return {**spec.model_dump(mode="json"), "promotion": spec.promotion.shown}
 
 
 def _local_copy(name: str, report: str) -> Path:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from prefect.runtime import flow_run
+
 from infra import progress, tracking
 from infra.progress import OnProgress
 from infra.tracking import Metric, RunRecord
@@ -20,6 +22,7 @@ from tasks.backbones import digests
 from tasks.features import together
 from tasks.planning import whole_plan
 from tasks.policies import effect, step
+from tasks.ray_job import FLOW_RUN
 from tasks.ray_work import run_on_ray
 
 FAILED = {"diverged", "out_of_memory", "failed"}
@@ -135,7 +138,13 @@ def record_search(spec: Spec, dataset: Values, backbones: Each, search: Values) 
 
 def common_tags(spec: Spec, dataset: dict[str, Any]) -> dict[str, str]:
     """The tags of every run of ours in MLflow."""
-    return {"unfreeze.dataset_version": dataset["version"], "unfreeze.spec_digest": spec.digest}
+    return {"unfreeze.dataset_version": dataset["version"], "unfreeze.spec_digest": spec.digest} | _written_by()
+
+
+def _written_by() -> dict[str, str]:
+    """Whoever finds a run half-written asks what became of this flow run."""
+    this = flow_run.get_id()
+    return {FLOW_RUN: this} if this else {}
 
 
 def _search_record(spec: Spec, backbones: Each, search: Values, tags: dict[str, str]) -> RunRecord:

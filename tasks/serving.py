@@ -6,7 +6,7 @@ from typing import Any
 
 from infra import registry
 from infra.committed_folder import read_manifest, verify
-from infra.errors import UserError
+from infra.errors import UnfreezeError, UserError
 from infra.ledger import Content, former_champions, promotion_of
 from infra.object_store import object_store
 from tasks.ledger_book import ARTIFACT, Book, append, follow, now, open_book, plain_entry
@@ -53,6 +53,27 @@ def check_published(uri: str, what: str) -> None:
             f"{what} cannot serve: what lies at {uri} is not what was published ({listed}).",
             f"`unfreeze verify {uri}` lists all of it; publish it again by the `unfreeze retrain` that made it, or name another version.",
         )
+
+
+GONE = "was deleted from MLflow, or has no published folder"
+
+
+def alterations(model: str, version: str, weights: str | None) -> list[str]:
+    """What of a version is not as it was promoted, every byte looked at; `weights`: their sha256 in the ledger, where it has one.
+
+    [GONE] where there is nothing to look at.
+    """
+    found, store = registry.get(model, version), object_store()
+    uri = found.tags.get(ARTIFACT, "") if found else ""
+    if not uri:
+        return [GONE]
+    try:
+        problems = [f"{problem.key} at {uri} is {problem.what}" for problem in verify(store, uri)]
+        if weights is not None and weights_digest(store, uri) != weights:
+            problems.append(f"the weights at {uri} are not those that were promoted")
+    except UnfreezeError as error:
+        return [error.what]
+    return problems
 
 
 def roll_back(name: str, to: str | None, reason: str, by: str) -> dict[str, Any]:

@@ -28,9 +28,12 @@ class Site:
         self.images = write_folder(folder / "images")
         self.status: dict[str, Any] = {}
 
-    def run(self, *arguments: object, expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+    def attempt(self, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
         command = [str(UNFREEZE), *map(str, arguments)]
-        done = subprocess.run(command, env=self.env | env, cwd=self.folder, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        return subprocess.run(command, env=self.env | env, cwd=self.folder, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+
+    def run(self, *arguments: object, expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+        done = self.attempt(*arguments, **env)
         assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
         return done
 

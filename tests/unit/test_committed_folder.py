@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra.committed_folder import MANIFEST, Problem, commit, fetch, read_manifest, verify
+from infra.committed_folder import MANIFEST, Manifest, Problem, commit, fetch, read_manifest, verify
 from infra.errors import UserError
 from tests.fakes import MemoryObjectStore
 
@@ -130,3 +132,28 @@ def test_a_fetch_that_was_killed_carries_on_with_what_is_here(tmp_path: Path) ->
     copy = fetch(store, "s3://bucket/folder", tmp_path)
     assert len(fetched) - before == 5 - here < 5
     assert sorted(path.read_bytes() for path in copy.iterdir()) == [bytes([number]) for number in range(5)]
+
+
+@pytest.mark.parametrize("key", ["../evil", "a/../../evil", "/etc/evil", "a//b", "./a", "", "..", "a\\..\\evil", "a\0b", 7, None])
+def test_a_manifest_that_names_anything_outside_its_folder_is_none_and_nothing_is_written_by_it(tmp_path: Path, key: object) -> None:
+    store = MemoryObjectStore()
+    entry = {"key": key, "size": 4, "sha256": hashlib.sha256(b"evil").hexdigest()}
+    store.write(f"{URI}/{MANIFEST}", json.dumps({"objects": [entry]}).encode())
+    store.write(f"{URI}/{key}", b"evil")
+    for read in (lambda: fetch(store, URI, tmp_path / "here"), lambda: verify(store, URI)):
+        with pytest.raises(UserError, match=r"MANIFEST\.json at .* is damaged"):
+            read()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == b"evil"]
+
+
+def test_a_manifest_whose_digest_is_none_is_refused() -> None:
+    entry = {"key": "a", "size": 4, "sha256": "../../evil"}
+    with pytest.raises(ValueError, match="no key of a folder with its digest"):
+        Manifest.from_json(json.dumps({"objects": [entry]}).encode())
+
+
+def test_a_folder_with_a_damaged_manifest_is_simply_written_again() -> None:
+    store = MemoryObjectStore()
+    store.write(f"{URI}/{MANIFEST}", b'{"objects": [{"key": "../evil", "size": 1, "sha256": "0"}]}')
+    commit(store, URI, FILES)
+    assert verify(store, URI) == []

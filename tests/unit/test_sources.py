@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import subprocess
 import sys
 import unicodedata
@@ -96,6 +97,21 @@ def test_a_path_that_climbs_out_of_a_zip_is_quarantined(tmp_path: Path) -> None:
     listing = listed(write_zip(tmp_path / "pets.zip", FILES | dict.fromkeys(unsafe, b"x")))
     assert set(labels_by_name(listing)) == set(FILES)
     assert rejections(listing) == {name.replace("\\", "/"): "unsafe_path" for name in unsafe} | {"../evil.png": "unsafe_path"}
+
+
+def test_a_link_in_a_zip_is_no_way_to_another_file(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(9))
+    path = tmp_path / "pets.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in FILES.items():
+            archive.writestr(name, data)
+        link = zipfile.ZipInfo("cat/link.png")
+        link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, str(secret))
+    with open_source(data_spec(path)) as listing:
+        (found,) = [item for item in listing.items if item.name == "cat/link.png"]
+        assert listing.read(found) == str(secret).encode()  # its own bytes, which are no image
 
 
 def test_zip_names_in_utf8_without_saying_so_and_in_cp437_are_both_readable(tmp_path: Path) -> None:
@@ -232,6 +248,21 @@ def test_a_path_in_a_manifest_on_s3_does_not_climb_out_of_its_bucket() -> None:
     store.objects = {"s3://data/a/m.csv": b"image,label\n../../../../x.png,cat\ny.png,dog\n", "s3://data/x.png": png(1)}
     with open_source(data_spec("s3://data/a/m.csv"), lambda: store) as listing:
         assert [item.location for item in listing.items] == ["s3://data/x.png", "s3://data/a/y.png"]
+
+
+def test_a_manifest_on_s3_names_no_file_of_this_machine(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(9))
+    store = MemoryObjectStore()
+    rows = f"image,label\n{secret},cat\ny.png,dog\nz.png,cat\nfile://{secret},dog\n"
+    store.objects = {"s3://data/a/m.csv": rows.encode(), "s3://data/a/y.png": png(1)}
+    with open_source(data_spec("s3://data/a/m.csv"), lambda: store) as listing:
+        assert rejections(listing) == {str(secret): "unsafe_path"}
+        for item in listing.items:
+            assert item.location.startswith("s3://data/a/")
+    known = fingerprint(data_spec("s3://data/a/m.csv"), lambda: store)
+    secret.write_bytes(png(10))
+    assert fingerprint(data_spec("s3://data/a/m.csv"), lambda: store) == known, "it was looked at"
 
 
 def test_every_image_of_a_group_takes_the_split_that_one_of_them_names(tmp_path: Path) -> None:
