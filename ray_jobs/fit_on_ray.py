@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-from infra import ray_cluster
+from infra import ray_cluster, usage
 from infra.errors import ServiceError, UnfreezeError
 from infra.object_store import ObjectStore, join_uri, object_store
+from infra.usage import Usage
 from ray_jobs.fit_plan import Plan, plan_fit
 from ray_jobs.light_timm import import_timm
 from ray_jobs.room import fit_demand, require
@@ -51,9 +52,11 @@ def run_fit(
         demand = fit_demand(plan.num_workers, machines)
         require(demand, machines)
         loaders = int(demand.each["CPU"]) - 1 if "GPU" in demand.each else 0
-        _train_on_workers(replace(plan, started_at=time.time(), loader_processes=loaders), dict(demand.each), store, on_progress)
+        with usage.holding(demand.each, demand.count):
+            _train_on_workers(replace(plan, started_at=time.time(), loader_processes=loaders), dict(demand.each), store, on_progress)
         result = read_result(store, plan)
         assert result is not None, f"the fit {plan.fit_id} ended without a result"
+        usage.add(Usage(**json.loads(store.read(join_uri(plan.fit_uri, "used.json")))))
     on_progress(plan.max_epochs, plan.max_epochs)
     return result
 
