@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 
+from infra.progress import Watcher
 from infra.ray_cluster import WHO
 from ray_jobs.room import ENOUGH, in_words
 from ray_jobs.watch import Watch
@@ -65,7 +66,7 @@ def waits_told(watch: Watch) -> Iterator[Watch]:
     thread = threading.Thread(target=_tell, args=(watch, moved, ended), name="waits", daemon=True)
     thread.start()
     try:
-        yield replace(watch, on_progress=on_progress)
+        yield replace(watch, on_progress=Watcher(on_progress))
     finally:
         ended.set()
 
