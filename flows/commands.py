@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,23 +13,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from infra import committed_folder, local_stack, progress, ray_cluster, settings
+from infra import committed_folder, local_stack, logs, progress, ray_cluster, settings
 from infra.errors import UnfreezeError, UserError
 from infra.local_stack import Stack
 from infra.object_store import object_store, split_uri
 from infra.settings import SERVICES
 from ray_jobs.sources import open_source
 from ray_jobs.spec import Spec, load_spec
+from tasks import accounts
 from tasks.cron import next_times
 from tasks.outcome import promotion_answer
 from tasks.ray_work import in_this_process
 from tasks.warming import await_warm_workers, leave_warm, warm_up
 
+log = logging.getLogger(__name__)
+
 
 def retrain(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The whole job; what `retrain --json` prints."""
     spec = _checked(path, overrides)
-    with services(spec.storage):
+    with services(spec.storage, f"retrain {spec.name}"):
         from flows.retrain import retrain as flow
         from tasks.policies import keep_results
 
@@ -39,7 +43,7 @@ def retrain(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 def search(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The search alone; what `search --json` prints."""
     spec = _checked(path, overrides)
-    with services(spec.storage):
+    with services(spec.storage, f"search {spec.name}"):
         from flows.search import search as flow
         from tasks.policies import keep_results
 
@@ -63,7 +67,7 @@ def deploy(path: Path, overrides: Sequence[str], *, cron: str, timezone: str, ov
 
 def promote(name: str, version: str | None, reason: str) -> dict[str, Any]:
     """Judge a registered version; what `promote --json` prints."""
-    with services(local_stack.DEFAULT_STORAGE):  # whoever imports Prefect before it has an address starts a server
+    with services(local_stack.DEFAULT_STORAGE, f"promote {name}"):  # whoever imports Prefect before it has an address starts a server
         from flows.promote import promote as flow
         from tasks.candidate import find_candidate
         from tasks.policies import keep_results
@@ -189,19 +193,41 @@ def check_source(spec: Spec) -> None:
 
 
 @contextmanager
-def services(storage: str) -> Iterator[None]:
-    """All four services, and one connection to Ray for all steps, unless they go to a cluster as jobs."""
+def services(storage: str, command: str) -> Iterator[None]:
+    """All four services, a log, and one connection to Ray for all steps, unless they go to a cluster as jobs. `command`: for people."""
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # our own progress speaks; Prefect's lines go to its server
     with ExitStack() as exits:
         exits.enter_context(redirect_stdout(sys.stderr))  # Ray tells there of a worker that died; stdout is for the answer alone
-        with progress.step("Finding or starting the services"):
+        exits.enter_context(logs.to_file(settings.home_dir() / "logs" / f"command-{os.getpid()}.jsonl"))
+        exits.enter_context(logs.within(command=command, pid=os.getpid()))
+        exits.enter_context(_end_logged())
+        with accounts.looking_for_services(), progress.step("Finding or starting the services"):
             stack = exits.enter_context(local_stack.session(SERVICES, storage=storage))
+        _log_where_the_others_log()
         exits.callback(_send_logs)
         if in_this_process():
             warming = partial(warm_up, claim=stack.claim) if stack.stays("ray") else warm_up
             exits.enter_context(ray_cluster.one_connection(warming))
             exits.callback(_leave_warm, stack)
         yield
+
+
+@contextmanager
+def _end_logged() -> Iterator[None]:
+    """The last line of a command's log says how it went."""
+    try:
+        yield
+    except BaseException as error:
+        log.error("ended by %s: %s", type(error).__name__, error, exc_info=None if isinstance(error, UnfreezeError) else error)
+        raise
+    log.info("done")
+
+
+def _log_where_the_others_log() -> None:
+    """Of each service its address, and its own log where it is the stack's; Ray's workers log beside the log of its head."""
+    for service, found in local_stack.status().items():
+        where = {key: found[key] for key in ("state", "log", "endpoint", "uri", "api_url", "address", "dashboard_url") if found.get(key)}
+        log.info("service", extra={"service": service, **where})
 
 
 def _leave_warm(stack: Stack) -> None:

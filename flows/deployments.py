@@ -41,7 +41,7 @@ def carry_out(content: dict[str, Any], work: Callable[[Spec], dict[str, Any]]) -
         spec = parse_spec(content)
         webhook = spec.promotion.webhook
         commands.check_source(spec)
-        with commands.services(spec.storage):
+        with commands.services(spec.storage, f"nightly {spec.name}"):
             outcome = work(spec)
     except ServiceError as failure:
         if flow_run.get_run_count() > RETRIES:

@@ -7,6 +7,7 @@ from typing import Any
 from prefect import flow
 
 from ray_jobs.spec import Spec
+from tasks.accounts import with_account
 from tasks.announcing import notify
 from tasks.champion import find_champion
 from tasks.evaluation import evaluate
@@ -18,6 +19,7 @@ from tasks.promotion_page import show_promotion
 
 @flow(name="promote", flow_run_name="promote {spec.name}", persist_result=False, validate_parameters=True)
 @with_heartbeat
+@with_account
 def promote(spec: Spec, dataset: dict[str, Any], model: dict[str, Any], reason: str) -> dict[str, Any]:
     """The status, and the ledger's entry or the request for approval; `dataset` and `model` as `tasks.candidate` finds them."""
     asked = asked_by_person(reason)

@@ -9,6 +9,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from ray_jobs.spec import Spec
+from tasks.accounts import with_account
 from tasks.announcing import announce, notify
 from tasks.backbones import prepare_backbone
 from tasks.champion import find_champion
@@ -31,6 +32,7 @@ from tasks.training import fit_winner
 
 @flow(name="retrain", flow_run_name="retrain {spec.name}", persist_result=False, validate_parameters=True)
 @with_heartbeat
+@with_account
 def retrain(spec: Spec) -> dict[str, Any]:
     """Find, fit, judge and publish the next version of one model; what `retrain --json` prints."""
     started = time.monotonic()

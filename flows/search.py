@@ -8,6 +8,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from ray_jobs.spec import Spec
+from tasks.accounts import with_account
 from tasks.announcing import announce_search
 from tasks.backbones import prepare_backbone
 from tasks.datasets import prepare_data
@@ -21,6 +22,7 @@ from tasks.search import past_points, record_search, run_search
 
 @flow(name="search", flow_run_name="search {spec.name}", persist_result=False, validate_parameters=True)
 @with_heartbeat
+@with_account
 def search(spec: Spec) -> dict[str, Any]:
     """Search unfreeze depth and learning rate; what `search --json` prints."""
     dataset = prepare_data(spec)

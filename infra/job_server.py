@@ -122,7 +122,8 @@ class JobServer:
         environment: dict[str, Any] = {"working_dir": str(folder), "env_vars": passed_on, "worker_process_setup_hook": hook}
         with _translated(self.address):
             try:
-                self._client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=environment, metadata=dict(metadata or {}))
+                told = {**(metadata or {}), ray_cluster.WHO: ray_cluster.whoami()}
+                self._client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=environment, metadata=told)
             except RuntimeError:
                 if self.find(job_id) is None:  # else another caller was first, or the answer to a request of ours was lost
                     raise

@@ -22,6 +22,7 @@ from infra import patience, processes
 from infra.errors import ServiceError
 from infra.object_store import ObjectStore
 from infra.processes import ProcessRecord
+from infra.settings import user
 
 RENEW_S = 5.0
 PATIENCE_S = 30.0
@@ -40,6 +41,7 @@ class Holder:
     pid: int
     create_time: float
     beat: int = 0
+    user: str = ""
 
     @property
     def is_dead(self) -> bool:
@@ -47,7 +49,8 @@ class Holder:
         return self.machine == this_machine() and not processes.is_alive(ProcessRecord(self.pid, self.create_time, "lease"))
 
     def __str__(self) -> str:
-        return f"process {self.pid}" + ("" if self.machine == this_machine() else f" on {self.host}")
+        whose = f" of {self.user}" if self.user else ""
+        return f"process {self.pid}{whose}" + ("" if self.machine == this_machine() else f" on {self.host}")
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def hold(store: ObjectStore, uri: str, on_wait: Callable[[Holder], None], waitin
     """Hold the lease at `uri` for the body. `on_wait` is called once for each holder that is waited for."""
     waiting = waiting or Waiting()
     me = processes.record_self("lease")
-    mine = Holder(secrets.token_hex(8), this_machine(), socket.gethostname(), me.pid, me.create_time)
+    mine = Holder(secrets.token_hex(8), this_machine(), socket.gethostname(), me.pid, me.create_time, user=user())
     while True:
         _wait(store, uri, on_wait, waiting)
         _write(store, uri, mine)

@@ -10,14 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
-from infra.errors import UserError
+from infra import patience
+from infra.errors import ServiceError, UserError
 from infra.s3_client import S3Access
 from infra.s3_download import download, get
+from infra.s3_errors import status_of
 from infra.s3_upload import Place, abort_stale, delete, put, put_if_absent, stale, upload
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import ListObjectsV2OutputTypeDef
+
+
+REACHED_IN_S = 10.0
+"""How long a store may be silent when a command asks it first: more likely than an outage is an address that was mistyped."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +125,20 @@ class S3ObjectStore:
             delete(self.access, Place(*split_uri(uri)))
 
     def require_bucket(self, uri: str) -> None:
-        """Raise UserError where the bucket of `uri` is missing or the credentials are refused."""
+        """Raise UserError where the bucket of `uri` is missing or the credentials are refused, and soon where nobody answers at all."""
         bucket, _ = split_uri(uri)
-        try:
+
+        def ask() -> None:
             self.access.ask("HeadBucket", uri, lambda client: client.head_bucket(Bucket=bucket))
+
+        try:
+            try:
+                with patience.at_most(REACHED_IN_S):
+                    ask()
+            except ServiceError as error:
+                if not status_of(error.__cause__):
+                    raise
+                ask()  # it answers, but not yet with what was asked for: the address is right
         except FileNotFoundError:
             raise UserError(
                 f"The bucket {bucket!r} does not exist at {self.client.meta.endpoint_url}.",

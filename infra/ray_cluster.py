@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra import worker_environment
+from infra import logs, worker_environment
 from infra.errors import ServiceError, UnfreezeError
-from infra.settings import cache_dir, home_dir
+from infra.settings import cache_dir, home_dir, user
 
 CONNECT_TIMEOUT_S = 15.0
 ATTEMPT_TIMEOUT_S = 5.0
@@ -27,6 +27,8 @@ CHECK_ALIVE = "Check that the Ray cluster is up, and RAY_ADDRESS, RAY_AUTH_MODE 
 ROOT = Path(__file__).parents[1]
 INSIDE_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """What Ray sets for the process of a submitted job."""
+WHO = "unfreeze"
+"""Under this name each of our commands tells the cluster in words who it is: whoever waits for it reads them."""
 _keeps_open: ContextVar[bool] = ContextVar("keeps_open", default=False)
 KEEP_BYTES = str(1024**3)
 """glibc hands large freed blocks back to the system at once, and torch asks for the same again a moment later: see docs/LOG.md."""
@@ -61,9 +63,13 @@ def connect() -> Iterator[Cluster]:
         yield _described(address)
         return
     require_answer(address)
-    environment = None if INSIDE_A_JOB in os.environ else runtime_environment(address)  # a job's processes have theirs already
+    given: dict[str, Any] = {}
+    if INSIDE_A_JOB not in os.environ:  # a job's processes have theirs already
+        from ray.job_config import JobConfig
+
+        given = {"runtime_env": runtime_environment(address), "job_config": JobConfig(metadata={WHO: whoami()})}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **given)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ServiceError(f"Ray at {address} refused this process: {error}", CHECK_ALIVE) from error
     try:
@@ -71,6 +77,11 @@ def connect() -> Iterator[Cluster]:
     finally:
         if not _keeps_open.get():
             ray.shutdown()
+
+
+def whoami() -> str:
+    """This command and its user, in words."""
+    return f"{logs.ids().get('command', 'a command')} of {user()}"
 
 
 def living() -> dict[str, dict[str, float]]:

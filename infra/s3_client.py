@@ -7,10 +7,11 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from infra import settings
+from infra import settings, usage
 from infra.patience import GaveUp, Notice, keep_trying
 from infra.s3_errors import STALE_CREDENTIALS, code_of, explained, passes_by
 from infra.s3_small_put import SmallPut
+from infra.usage import Usage
 
 if TYPE_CHECKING:
     from boto3.session import Session
@@ -92,4 +93,14 @@ class S3Access:
         return client
 
     def _patiently(self, request: Callable[[S3Client], T]) -> T:
-        return keep_trying(lambda: request(self.client), passes_by=passes_by, deadline_s=self.deadline_s, notice=self._notice)
+        attempts = 0
+
+        def attempt() -> T:
+            nonlocal attempts
+            attempts += 1
+            return request(self.client)
+
+        try:
+            return keep_trying(attempt, passes_by=passes_by, deadline_s=self.deadline_s, notice=self._notice)
+        finally:
+            usage.add(Usage(s3_requests=attempts, s3_retries=attempts - 1))

@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from infra import usage
 from infra.errors import ServiceError
 from infra.in_threads import in_threads
 from infra.s3_client import S3Access
 from infra.s3_errors import Altered
 from infra.s3_upload import PART_THREADS, RESTARTS, WHOLE_BYTES, Part, Place, md5, md5_of, parts_of
+from infra.usage import Usage
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -77,7 +79,10 @@ def _get(access: S3Access, place: Place, limit: int | None) -> bytes | Version:
             raise Altered(f"{place.uri} was altered on its way from S3 (MD5 {expected}, arrived {digest})")
         return data
 
-    return access.ask("GetObject", place.uri, request)
+    found = access.ask("GetObject", place.uri, request)
+    if isinstance(found, bytes):
+        usage.add(Usage(s3_read_bytes=len(found)))
+    return found
 
 
 def _in_ranges(access: S3Access, place: Place, version: Version, path: Path) -> None:
@@ -91,6 +96,7 @@ def _in_ranges(access: S3Access, place: Place, version: Version, path: Path) -> 
 
         def fetch(part: Part) -> None:
             data = access.ask("GetObject", place.uri, lambda client: _range(client, place, version, part))
+            usage.add(Usage(s3_read_bytes=len(data)))
             os.pwrite(file.fileno(), data, part.start)
             with writing:
                 lines.write(f"{part.number}\n")

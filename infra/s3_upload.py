@@ -19,10 +19,12 @@ from pathlib import Path
 from threading import BoundedSemaphore
 from typing import TYPE_CHECKING, Any
 
+from infra import usage
 from infra.errors import ServiceError, UnfreezeError
 from infra.in_threads import in_threads
 from infra.s3_client import S3Access
 from infra.s3_errors import Altered, code_of, is_refusal, passes_by, status_of
+from infra.usage import Usage
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -90,8 +92,10 @@ def md5_of(answer: Mapping[str, Any]) -> str | None:
 def put(access: S3Access, place: Place, data: bytes) -> None:
     """Write a whole object in one request."""
     if access.small_put and access.small_put.send(place.bucket, place.key, data, md5(data)):
+        usage.add(Usage(s3_written_bytes=len(data), s3_requests=1))
         return
     access.ask("PutObject", place.uri, lambda client: _put(client, place, data))
+    usage.add(Usage(s3_written_bytes=len(data)))
 
 
 def put_if_absent(access: S3Access, place: Place, data: bytes) -> bool:
@@ -112,7 +116,9 @@ def put_if_absent(access: S3Access, place: Place, data: bytes) -> bool:
 
     for _ in range(UNDECIDED_ATTEMPTS):
         try:
-            return access.ask("PutObject", place.uri, request)
+            is_ours = access.ask("PutObject", place.uri, request)
+            usage.add(Usage(s3_written_bytes=len(data) * is_ours))
+            return is_ours
         except ServiceError as error:
             if status_of(error.__cause__) == HTTPStatus.NOT_IMPLEMENTED:  # as with those that ignore the condition
                 put(access, place, data)
@@ -204,7 +210,9 @@ def _send_part(access: S3Access, place: Place, upload_id: str, part: Part, data:
             raise Altered(f"part {part.number} of {place.uri} was altered on its way to S3 (MD5 {digest}, stored {stored})")
         return Sent(answer["ETag"], digest, is_certain=stored in (None, digest))
 
-    return access.ask("UploadPart", place.uri, request)
+    sent = access.ask("UploadPart", place.uri, request)
+    usage.add(Usage(s3_written_bytes=len(data)))
+    return sent
 
 
 def _finish(access: S3Access, place: Place, upload_id: str, etags: list[str], *, expected: str) -> None:

@@ -11,7 +11,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from infra.addresses import shown
 from infra.errors import ServiceError
+from infra.in_threads import in_threads
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -133,8 +133,8 @@ def write_children(experiment: str, parent_run_id: str, records: Sequence[RunRec
     with translated():
         kept = _keep_finished(experiment, f"tags.`mlflow.parentRunId` = '{parent_run_id}'")
         missing = [record for record in records if record.identity not in kept]
-        with ThreadPoolExecutor(WRITERS) as pool:
-            list(pool.map(lambda record: _write(experiment, record, parent=parent_run_id), missing))
+        for _ in in_threads(lambda record: _write(experiment, record, parent=parent_run_id), missing, WRITERS):
+            pass
 
 
 @dataclass(frozen=True)

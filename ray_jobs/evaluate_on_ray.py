@@ -25,6 +25,7 @@ from ray_jobs.dataset import open_dataset
 from ray_jobs.light_timm import import_timm
 from ray_jobs.metrics import measure
 from ray_jobs.spec import digest_of
+from ray_jobs.workers import submit
 
 EVALUATION_CODE_VERSION = 2
 """Raise it when the same models and images would be measured otherwise."""
@@ -88,9 +89,9 @@ def _score(dataset: dict[str, Any], models: Mapping[str, _Model], on_progress: O
     total = dataset["holdout"]
     parts = max(1, min(-(-total // IMAGES_PER_TASK), int(resources.get("CPU", 1))))
     ranges = np.array_split(np.arange(total), parts)
-    task = ray.remote(num_cpus=1, num_gpus=1 if resources.get("GPU") else 0, max_retries=3)(_score_range)
+    held = {"cpu": 1, "gpu": 1 if resources.get("GPU") else 0}
     pending = {
-        task.remote(dataset["uri"], uris, int(rows[0]), int(rows[-1]) + 1): int(rows[0])
+        submit(_score_range, dataset["uri"], uris, int(rows[0]), int(rows[-1]) + 1, name="evaluate", resources=held): int(rows[0])
         for rows in ranges if len(rows) for uris in by_size.values()
     }  # fmt: skip
     scores: dict[str, dict[int, npt.NDArray[np.float32]]] = defaultdict(dict)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from infra.committed_folder import MANIFEST, Entry, Manifest, commit
 from infra.errors import ServiceError, UserError
+from infra.in_threads import in_threads
 from infra.object_store import ObjectStore, join_uri
 from ray_jobs.feature_set import FeatureSet
 from ray_jobs.spec import digest_of
@@ -120,8 +120,8 @@ def commit_batch(store: ObjectStore, uri: str, images: Sequence[str], parts: Seq
 
 def find_batches(store: ObjectStore, storage: str, features: FeatureSet, on_damage: Callable[[DamagedError], None]) -> list[Batch]:
     """Every good batch of a set, by key; `on_damage` gets the others."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda uri: _open_batch(store, uri), store.folders(join_uri(storage, "features", f"{features.digest}-"))))
+    folders = store.folders(join_uri(storage, "features", f"{features.digest}-"))
+    found = list(in_threads(lambda uri: _open_batch(store, uri), folders, THREADS))
     for one in found:
         if isinstance(one, DamagedError):
             on_damage(one)

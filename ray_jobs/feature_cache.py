@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from infra.committed_folder import Manifest
+from infra.in_threads import in_threads
 from infra.object_store import ObjectStore
 from infra.settings import cache_bytes
 from ray_jobs.feature_batches import THREADS, Array, DamagedError, Selection, open_selection, read_checked, read_checked_manifest, shards_of
@@ -135,10 +136,10 @@ def _assemble(uri: str, store: ObjectStore, target: Path, budget_bytes: int) -> 
     for copy in evict(local_copies(target.parent.parent), budget_bytes - size_bytes):
         remove(copy)
     gather = _Gather(store, aside, len(selection.row_of))
-    with ThreadPoolExecutor(THREADS) as pool:
-        first, *rest = jobs
-        gather(*first[:5])  # makes the arrays
-        list(pool.map(lambda job: gather(*job[:5]), rest))
+    first, *rest = jobs
+    gather(*first[:5])  # makes the arrays
+    for _ in in_threads(lambda job: gather(*job[:5]), rest, THREADS):
+        pass
     np.save(aside / "labels.npy", selection.labels)
     body = {
         "uri": uri, "train": selection.train, "val": len(selection.labels) - selection.train, "views": selection.views,

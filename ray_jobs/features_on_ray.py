@@ -8,7 +8,6 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ import ray
 from infra import lease
 from infra.committed_folder import fetch
 from infra.errors import UnfreezeError
+from infra.in_threads import in_threads
 from infra.object_store import ObjectStore, join_uri, object_store
 from infra.settings import cache_bytes, cache_dir
 from ray_jobs.feature_batches import (
@@ -128,10 +128,9 @@ def _request(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], dept
 
 def _find(request: _Request) -> dict[Cell, list[Batch]]:
     """The good batches of every cell; damaged ones are dropped."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        drop_it = functools.partial(_drop, request)
-        found = pool.map(lambda features: find_batches(request.store, request.storage, features, drop_it), request.sets.values())
-        return dict(zip(request.sets, found, strict=True))
+    drop_it = functools.partial(_drop, request)
+    found = in_threads(lambda features: find_batches(request.store, request.storage, features, drop_it), request.sets.values(), THREADS)
+    return dict(zip(request.sets, found, strict=True))
 
 
 def _drop(request: _Request, error: DamagedError) -> None:
@@ -148,7 +147,7 @@ def _complete(request: _Request, computed: set[int], on_progress: OnProgress) ->
     family = digest_of([job.backbone_uri, vars(job.transform), job.dtype])
 
     def on_wait(holder: lease.Holder) -> None:
-        request.say(f"Waiting for {holder}, which computes features of the same backbone.")
+        request.say(f"Waiting since {time.strftime('%H:%M:%S')} for {holder}, which computes features of the same backbone.")
 
     with lease.hold(request.store, join_uri(request.storage, "leases", "features", family), on_wait):
         batches = _find(request)  # whoever was waited for may have made them
@@ -192,8 +191,7 @@ def _compute(request: _Request, work: Mapping[tuple[Cell, ...], list[int]], on_p
         about = {**request.about, "kind": "batch", "set": request.sets[cell].plain}
         return commit_batch(request.store, uris[cell], images[cell], in_order, about)
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        return {cell: [batch] for cell, batch in zip(uris, pool.map(commit, uris), strict=True)}
+    return {cell: [batch] for cell, batch in zip(uris, in_threads(commit, uris, THREADS), strict=True)}
 
 
 def _shares(rows: Sequence[int], workers: int) -> list[list[int]]:
@@ -224,14 +222,12 @@ def _select(request: _Request, batches: Mapping[Cell, list[Batch]]) -> dict[int,
         about = {**request.about, "sets": [request.sets[cell].digest for cell in batches if cell.depth == depth]}
         return commit_selection(request.store, request.storage, selection_of(request.wanted, by_depth[depth]), about)
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(by_depth, pool.map(commit, by_depth), strict=True))
+    return dict(zip(by_depth, in_threads(commit, by_depth, THREADS), strict=True))
 
 
 def _open(request: _Request, uris: Sequence[str]) -> list[Features]:
     """Map the features on this machine, which also checks every byte of them."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        opened = list(pool.map(lambda uri: open_features(uri, request.store, cache_dir()), uris))
+    opened = list(in_threads(lambda uri: open_features(uri, request.store, cache_dir()), uris, THREADS))
     size_bytes, budget = sum(features.size_bytes for features in opened), cache_bytes()
     if size_bytes > budget:
         request.say(f"This search's features ({size_bytes / 1e9:.1f} GB) are larger than UNFREEZE_CACHE_BYTES ({budget / 1e9:.1f} GB).")

@@ -26,6 +26,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from infra import usage
 from infra.committed_folder import fetch
 from infra.object_store import ObjectStore, join_uri
 from ray_jobs import augment, backbone, checkpoint, images, model_folder
@@ -39,6 +40,7 @@ from ray_jobs.share_buffers import ShareBuffers, summed
 from ray_jobs.train_loop import class_weights
 
 log = logging.getLogger(__name__)
+USED = "used.json"
 
 EVAL_BATCH = 128
 STEPS_BETWEEN_LOOKS = 4
@@ -365,6 +367,8 @@ def _publish(training: Training) -> None:
         "model_uri": uris[chosen], "fit_model_uri": uris["fit"] if best else None, "probe_model_uri": uris["probe"],
         "seconds": round(time.time() - plan.started_at, 2),
     }  # fmt: skip
+    # of this process; what the other ranks read is not known here. Apart from the result, which is the same whatever it cost
+    store.write(join_uri(plan.fit_uri, USED), json.dumps(usage.so_far().plain()).encode())
     store.write(join_uri(plan.fit_uri, "result.json"), json.dumps(result, indent=1).encode())
 
 

@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from infra import ray_cluster
+from infra import ray_cluster, usage
 from infra.errors import ServiceError, UnfreezeError, UserError
 from infra.object_store import ObjectStore, join_uri, object_store
+from infra.usage import Usage
 from ray_jobs.fit_attempts import DONE, End, Outcome, after
 from ray_jobs.fit_plan import Plan, plan_fit
 from ray_jobs.light_timm import import_timm
@@ -61,6 +62,7 @@ def run_fit(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], searc
         _train(replace(plan, started_at=time.time()), demand, spec.fit.workers_to_go_on, store, watch)
         result = read_result(store, plan)
         assert result is not None, f"the fit {plan.fit_id} ended without a result"
+        usage.add(Usage(**json.loads(store.read(join_uri(plan.fit_uri, "used.json")))))
     watch.on_progress(plan.max_epochs, plan.max_epochs)
     return result
 
@@ -81,7 +83,8 @@ def _train(plan: Plan, begun: Demand, least: int, store: ObjectStore, watch: Wat
         there = ray_cluster.living()
         demand = demand_now(begun, plan.num_workers, least, list(there.values()))
         started_at = _position(store, plan)
-        end, error = _attempt(plan, demand, store, watch, is_watched=len(there) > 1)
+        with usage.holding(demand.each, demand.count):
+            end, error = _attempt(plan, demand, store, watch, is_watched=len(there) > 1)
         position = _position(store, plan)
         outcome = Outcome(
             end=end, is_mistake=isinstance(_own_error(error), UserError), was_preempted=_was_preempted(error),

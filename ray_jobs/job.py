@@ -9,15 +9,18 @@ import importlib
 import logging
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from infra import ray_cluster
+from infra import logs, ray_cluster, usage
 from infra.errors import UnfreezeError
 from infra.object_store import object_store
 from infra.progress import Watcher
 from ray_jobs import job_environment
 from ray_jobs.job_objects import JobObjects, Plain, Progress
+from ray_jobs.waiting import waits_told
 from ray_jobs.watch import Watch, Work
+from ray_jobs.workers import take_usage
 
 TELL_EVERY_S = 1.0
 ROOT = Path(__file__).parents[1]
@@ -30,12 +33,16 @@ class _Teller:
         self.objects, self.last, self.now = objects, 0.0, Progress()
 
     def on_progress(self, done: float, total: float) -> None:
-        self.now = Progress(done, total, self.now.said)
+        self.now = replace(self.now, done=done, total=total)
         if time.monotonic() - self.last >= TELL_EVERY_S:
             self._tell()
 
     def say(self, text: str) -> None:
-        self.now = Progress(self.now.done, self.now.total, [*self.now.said, text])
+        self.now = replace(self.now, said=[*self.now.said, text])
+        self._tell()
+
+    def waits(self, what: str, seconds: float) -> None:
+        self.now = replace(self.now, waits_for=what, waited_s=seconds)
         self._tell()
 
     def _tell(self) -> None:
@@ -59,16 +66,19 @@ def run(uri: str) -> int:
     entry, arguments = objects.request()
     teller = _Teller(objects)
     try:
-        with ray_cluster.connect():
-            result: Plain = find(entry)(Watch(Watcher(teller.on_progress), teller.say), **arguments)
+        with ray_cluster.connect(), waits_told(Watch(Watcher(teller.on_progress), teller.say, teller.waits)) as watch:
+            result: Plain = find(entry)(watch, **arguments)
+            take_usage()
     except Exception as error:
         objects.fail(error, teller.now.said)
         logging.error("%s", error, exc_info=None if isinstance(error, UnfreezeError) else error)
         return error.exit_code if isinstance(error, UnfreezeError) else 1
-    objects.succeed(result, teller.now.said)
+    objects.succeed(result, teller.now.said, usage.so_far().plain())
     return 0
 
 
 if __name__ == "__main__":
     job_environment.take()
-    sys.exit(run(sys.argv[1]))
+    with logs.to_stream(sys.stderr), logs.within(job=sys.argv[1].rpartition("/")[2]):
+        code = run(sys.argv[1])
+    sys.exit(code)

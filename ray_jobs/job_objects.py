@@ -29,6 +29,8 @@ class Progress:
     done: float = 0.0
     total: float = 0.0
     said: list[str] = field(default_factory=list)
+    waits_for: str = ""
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,16 @@ class JobObjects:
         found = self._read(PROGRESS)
         return Progress(**found) if found else Progress()
 
-    def succeed(self, result: Plain, said: list[str]) -> None:
-        """Write the result."""
-        self._write(OUTCOME, {"result": result, "said": said})
+    def succeed(self, result: Plain, said: list[str], used: Plain) -> None:
+        """Write the result, and what it cost."""
+        self._write(OUTCOME, {"result": result, "said": said, "used": used})
 
     def fail(self, error: Exception, said: list[str]) -> None:
         """Write the error, ours as itself."""
         self._write(OUTCOME, {"error": _described(error), "said": said})
 
     def outcome(self) -> Plain | None:
-        """{"result" or "error", "said"}; None where the job has not ended by itself, or the outcome was taken already."""
+        """{"result" and "used" or "error", "said"}; None where the job has not ended by itself, or the outcome was taken already."""
         return self._read(OUTCOME)
 
     def delete(self) -> None:

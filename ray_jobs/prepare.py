@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from infra import committed_folder
 from infra.committed_folder import Entry, Manifest
 from infra.errors import UserError
+from infra.in_threads import in_threads
 from infra.object_store import ObjectStore, join_uri, object_store
 from ray_jobs import preprocessing
 from ray_jobs.dataset import FINGERPRINTS
@@ -320,7 +321,7 @@ def _write(
     written = (
         run(partial(write_shard, read=None, make_store=make_store), jobs)  # the tasks read their share themselves
         if everything_on_s3
-        else _in_threads(partial(write_shard, read=read, make_store=make_store), jobs)
+        else in_threads(partial(write_shard, read=read, make_store=make_store), jobs, WRITE_THREADS)
     )
     for entry in written:
         entries.append(entry)
@@ -357,11 +358,6 @@ def write_shard(job: ShardJob, *, read: Callable[[Item], bytes] | None, make_sto
 def _changed(row: Row) -> UserError:
     what = f"The source changed while it was being prepared: {row.item.name}."
     return UserError(what, "Run the same command again when nothing writes to it.")
-
-
-def _in_threads(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
-    with ThreadPoolExecutor(WRITE_THREADS) as pool:
-        yield from pool.map(function, jobs)
 
 
 def _spread(values: list[int]) -> dict[str, int]:

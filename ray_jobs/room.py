@@ -30,7 +30,7 @@ class Demand:
     count: int = 1
 
     def __str__(self) -> str:
-        amounts = " and ".join(_amount(name, amount) for name, amount in self.each.items())
+        amounts = " and ".join(in_words(name, amount) for name, amount in self.each.items())
         return f"{self.what} needs {amounts}" if self.count == 1 else f"{self.what} needs {self.count} workers of {amounts} each"
 
 
@@ -105,9 +105,9 @@ def _had(name: str, amount: float, machines: Sequence[Machine]) -> str:
     """How much of a resource there is: in all, or on the largest machine where no machine has enough for one process."""
     largest = max(machine.get(name, 0.0) for machine in machines)
     if 0 < largest < amount - ENOUGH and total(name, machines) >= amount:
-        return f"{_amount(name, largest)} at most on one machine"
-    return _amount(name, total(name, machines))
+        return f"{in_words(name, largest)} at most on one machine"
+    return in_words(name, total(name, machines))
 
 
-def _amount(name: str, amount: float) -> str:
+def in_words(name: str, amount: float) -> str:
     return f"{amount:g} {name}{'s' * (amount != 1)}"

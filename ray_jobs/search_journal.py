@@ -15,10 +15,10 @@ import json
 import queue
 import threading
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from infra.errors import UnfreezeError
+from infra.in_threads import in_threads
 from infra.object_store import ObjectStore, join_uri
 
 READERS = 8
@@ -38,8 +38,7 @@ class Journal:
     def load(self) -> list[dict[str, Any]]:
         """Every event so far, in order; new ones will come after them."""
         uris = sorted(info.uri for info in self.store.list(self.uri) if info.uri.endswith(".jsonl"))
-        with ThreadPoolExecutor(READERS) as pool:
-            texts = list(pool.map(self.store.read, uris))
+        texts = list(in_threads(self.store.read, uris, READERS))
         self._segment = int(uris[-1].rpartition("/")[2][:8]) if uris else 0
         found = [event for text in texts for event in _readable(text)]
         events: list[dict[str, Any]] = []

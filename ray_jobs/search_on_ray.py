@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 
-from infra import ray_cluster
+from infra import ray_cluster, usage
 from infra.committed_folder import commit, read_manifest
 from infra.object_store import ObjectStore, join_uri, object_store
 from infra.progress import OnProgress
+from infra.usage import Usage
 from ray_jobs.features_on_ray import num_groups_of
 from ray_jobs.fidelity import Halving
 from ray_jobs.probes_on_ray import PROBE_FIGURES, PROBE_HEAD, Probes
@@ -39,9 +41,10 @@ from ray_jobs.search_space import TrialConfig, backbone_in_points
 from ray_jobs.spec import SearchSpec, Spec
 from ray_jobs.warm_worker import prepare_worker
 from ray_jobs.work import Work
-from ray_jobs.workers import lanes
+from ray_jobs.workers import lanes, submit_to_each_lane
 
 RESULT = "result.json"
+log = logging.getLogger(__name__)
 
 
 def run_search(
@@ -64,9 +67,8 @@ def run_search(
     require_room(spec, ray_cluster.machines(), fits=fits)
     each = zip(backbones, features, sources or [{}] * len(backbones), strict=True)
     works = {backbone_in_points(spec, one["name"]): work_of(spec, dataset, one, cuts, starts) for one, cuts, starts in each}
-    for lane in lanes():
-        for work in works.values():
-            lane.run.remote(prepare_worker, work)  # model, cuts and features, while Tune starts
+    for work in works.values():
+        submit_to_each_lane(prepare_worker, work)  # model, cuts and features, while Tune starts
     running = _Running(spec, works, dataset["val"], journal, warm)
     probes = running.run(on_progress)
     probe = probes[best_trial(running.engine.records).config.backbone]
@@ -108,7 +110,10 @@ class _Running:
 
     @property
     def spent_gpu_s(self) -> float:
-        return self.already_gpu_s + sum(record.seconds for record in self.engine.records) * self.slot.get("gpu", 0)
+        return self.already_gpu_s + self._trained_s() * self.slot.get("gpu", 0)
+
+    def _trained_s(self) -> float:
+        return sum(record.seconds for record in self.engine.records)
 
     def _look(self) -> None:
         """What is to be seen to while trials run: the budget."""
@@ -131,6 +136,8 @@ class _Running:
         return self.probes
 
     def _note(self, event: dict[str, Any]) -> None:
+        logged = {key: value for key, value in event.items() if key not in ("kind", "index")}
+        log.info("%s of a search", event["kind"], extra=logged | ({"trial": event["index"]} if "index" in event else {}))
         self.journal.append({**event, "spent_s": round(self.spent_s, 3), "spent_gpu_s": round(self.spent_gpu_s, 3)})
 
     def _run_tune(self, on_progress: OnProgress) -> None:
@@ -138,9 +145,14 @@ class _Running:
 
         heads = {name: ray.put(probe["head"]) for name, probe in self.probes.items()}
         shared = {"works": self.works, "heads": heads, "lanes": lanes()}
-        drive_tune(
-            self.engine, shared, self.lanes, self.slot, look=self._look, on_progress=on_progress, expected=expected_trials(self.search)
-        )
+        before_s = self._trained_s()
+        try:
+            drive_tune(
+                self.engine, shared, self.lanes, self.slot, look=self._look, on_progress=on_progress, expected=expected_trials(self.search)
+            )
+        finally:
+            seconds = self._trained_s() - before_s
+            usage.add(Usage(cpu_s=seconds * self.slot.get("cpu", 0.0), gpu_s=seconds * self.slot.get("gpu", 0.0)))
 
 
 def _result(spec: Spec, dataset: dict[str, Any], running: _Running, probes: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -16,7 +17,9 @@ from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from infra import usage
 from infra.progress import OnProgress
+from infra.usage import Usage
 from ray_jobs.proposals import Pause
 from ray_jobs.search import Epoch, status_of_error
 from ray_jobs.search_engine import SearchEngine
@@ -54,8 +57,11 @@ class SearchTrial(tune.Trainable):
         name = self.point.backbone
         head = ray.get(self.shared["heads"][name]) if self.point.unfreeze_depth and self.epoch == 1 else None
         arguments = (self.shared["works"][name], self.point, head, self.key, self.epoch)
-        result: dict[str, Any] = ray.get(self.lane.run.remote(trial_epoch, *arguments)) if self.lane else trial_epoch(*arguments)
-        return result
+        if self.lane:
+            result: dict[str, Any] = ray.get(self.lane.run.remote(trial_epoch, *arguments))
+            return result
+        result, used = usage.metered(trial_epoch, {}, *arguments)  # this process fetches features and backbone itself
+        return {**result, "used": asdict(used)}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: a search's result is its record."""
@@ -135,6 +141,7 @@ class Scheduler(_StaysHere, FIFOScheduler):
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         index = trial.config["index"]
+        usage.add(Usage(**result.get("used", {})))
         if "status" in result:
             self.engine.end(index, result["status"], result["reason"])
             over = True

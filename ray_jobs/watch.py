@@ -16,7 +16,8 @@ def _nothing(*_told: Any) -> None:
 
 @dataclass(frozen=True)
 class Watch:
-    """Whom the work tells how far it is (done, total), and what a person should read."""
+    """Whom the work tells how far it is (done, total), what a person should read, and what it waits for (and for how many seconds)."""
 
     on_progress: Callable[[float, float], None] = _nothing
     say: Callable[[str], None] = _nothing
+    waits: Callable[[str, float], None] = _nothing

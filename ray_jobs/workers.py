@@ -13,13 +13,16 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import ray
 from ray.util import list_named_actors
 
+from infra import usage
 from infra.ray_cluster import runtime_environment
+from infra.usage import Usage
 from ray_jobs.light_timm import import_timm
 
 if TYPE_CHECKING:
@@ -36,6 +39,10 @@ class Lane:
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
 
+    def metered(self, function: Callable[..., Any], *arguments: Any) -> tuple[Any, Usage]:
+        """The result, and what it used; one CPU by design."""
+        return usage.metered(function, {"cpu": 1}, *arguments)
+
 
 class _Open:
     """The lanes of this process's connection, and what each still has to do."""
@@ -43,6 +50,8 @@ class _Open:
     lanes: ClassVar[list[Any]] = []
     waiting: ClassVar[list[list[Any]]] = []
     loading: ClassVar[list[Any]] = []
+    used: ClassVar[list[Any]] = []
+    """What ended work used, or will have used."""
 
 
 def open_lanes(count: int, address: str, claim: Claim) -> None:
@@ -102,19 +111,38 @@ def submit(function: Callable[..., Any], *arguments: Any, name: str, resources: 
     """Start `function(*arguments)` in the lane with the least to do, or as a task with these resources; the reference to its result."""
     if not _Open.lanes:
         options = {f"num_{kind}s": amount for kind, amount in (resources or {"cpu": 1}).items()}
-        task: Any = ray.remote(_call).options(name=name, max_retries=RETRIES, **options)
-        return task.remote(function, *arguments)
+        task: Any = ray.remote(usage.metered).options(name=name, max_retries=RETRIES, num_returns=2, **options)
+        reference, used = task.remote(function, dict(resources or {"cpu": 1}), *arguments)
+        _Open.used.append(used)
+        return reference
     for references in _Open.waiting:
         references[:] = ray.wait(references, num_returns=len(references), timeout=0)[1] if references else []
     busy = [i if _Open.loading[i] in _Open.waiting[i] else 0 for i in range(len(_Open.lanes))]  # the first is loaded first
     place = min(range(len(_Open.lanes)), key=lambda i: (busy[i], len(_Open.waiting[i])))
-    reference = _Open.lanes[place].run.remote(function, *arguments)
+    return _in_lane(place, function, *arguments)
+
+
+def submit_to_each_lane(function: Callable[..., Any], *arguments: Any) -> None:
+    """Let every lane do the same; nobody waits for it."""
+    for place in range(len(_Open.lanes)):
+        _in_lane(place, function, *arguments)
+
+
+def _in_lane(place: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    reference, used = _Open.lanes[place].metered.options(num_returns=2).remote(function, *arguments)
     _Open.waiting[place].append(reference)
+    _Open.used.append(used)
     return reference
 
 
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
+def take_usage() -> None:
+    """Add to this process's counts what the work that has ended used; what is still under way is left for the next time."""
+    if not _Open.used:
+        return
+    ready, _Open.used = ray.wait(_Open.used, num_returns=len(_Open.used), timeout=0)
+    for reference in ready:
+        with suppress(ray.exceptions.RayError):  # its work failed, which whoever waits for it will see
+            usage.add(ray.get(reference))
 
 
 def load(_after: object) -> None:

@@ -30,12 +30,15 @@ def _key(spec: Spec) -> list[Any]:
 def prepare_backbone(spec: Spec) -> dict[str, Any]:
     """Check the backbone against the spec and store its weights; its URI, digest, groups and preprocessing."""
     from ray_jobs import backbone_on_ray
+    from ray_jobs.workers import take_usage
 
     with progress.step("Loading the backbone"):
         if not in_this_process():
             return backbone_on_ray.prepare_here(spec)
         with ray_cluster.connect() as cluster:
-            return backbone_on_ray.prepare_backbone(spec, cluster)
+            found = backbone_on_ray.prepare_backbone(spec, cluster)
+            take_usage()
+            return found
 
 
 def digests(backbones: list[dict[str, Any]]) -> list[str]:

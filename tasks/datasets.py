@@ -25,7 +25,9 @@ def prepare_data(spec: Spec) -> dict[str, Any]:
     with progress.step("Preparing the data") as on_progress:
         if in_this_process() or spec.data.source.startswith("s3://"):
             arguments = {"spec": spec.model_dump(mode="json")}
-            return run_on_ray(step_work.prepare_data, arguments, storage=spec.storage, watch=Watch(on_progress))
+            return run_on_ray(
+                step_work.prepare_data, arguments, storage=spec.storage, watch=Watch(on_progress, progress.say, on_progress.waits)
+            )
         from ray_jobs import prepare_in_processes
 
         return prepare_in_processes.prepare(spec, on_progress)

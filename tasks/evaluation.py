@@ -23,5 +23,5 @@ def evaluate(spec: Spec, dataset: dict[str, Any], models: dict[str, str]) -> dic
     started = datetime.now(UTC)
     arguments = {"dataset": dataset, "models": models, "storage": spec.storage}
     with progress.step("Evaluating on the holdout") as on_progress:
-        made = run_on_ray(step_work.evaluate, arguments, storage=spec.storage, watch=Watch(on_progress))
+        made = run_on_ray(step_work.evaluate, arguments, storage=spec.storage, watch=Watch(on_progress, progress.say, on_progress.waits))
     return {**made, "at": started.isoformat(timespec="seconds")}

@@ -22,7 +22,7 @@ def together(features: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-@effect(name="cache features", timeout_s=12 * 3600)
+@effect(name="cache features", timeout_s=12 * 3600, tells=True)
 def cache_features(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
     """The URI of the cached features of each cut that the plan starts from, and how many images had to be computed.
 
@@ -31,4 +31,6 @@ def cache_features(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any]
     cuts = sorted(set(plan["source"].values()))
     arguments = {"spec": spec.model_dump(mode="json"), "dataset": dataset, "backbone": backbone, "depths": cuts}
     with progress.step(f"Computing the shared features{which(spec, backbone)}") as on_progress:
-        return run_on_ray(step_work.cache_features, arguments, storage=spec.storage, watch=Watch(on_progress, progress.say))
+        return run_on_ray(
+            step_work.cache_features, arguments, storage=spec.storage, watch=Watch(on_progress, progress.say, on_progress.waits)
+        )

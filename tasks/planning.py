@@ -39,6 +39,6 @@ def plan_search(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any]) -
     """For one backbone: the cuts to materialise, where each depth starts from, and the estimate of time and memory."""
     if spec.search.needs_tune and in_this_process():  # it takes seconds to load, and is needed next, while this process only waits here
         threading.Thread(target=importlib.import_module, args=("ray.tune",), daemon=True).start()
-    with progress.step(f"Planning the search{which(spec, backbone)}"):
+    with progress.step(f"Planning the search{which(spec, backbone)}") as on_progress:
         arguments = {"spec": spec.model_dump(mode="json"), "dataset": dataset, "backbone": backbone}
-        return run_on_ray(step_work.plan_search, arguments, storage=spec.storage, watch=Watch())
+        return run_on_ray(step_work.plan_search, arguments, storage=spec.storage, watch=Watch(on_progress, progress.say, on_progress.waits))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -21,6 +20,7 @@ from infra.committed_folder import MANIFEST
 from infra.errors import UserError
 from infra.object_store import join_uri, object_store
 from ray_jobs.spec import Spec, digest_of
+from tasks import accounts
 
 CODE_VERSION = 1
 """Raise it when a step computes something else from the same inputs."""
@@ -58,18 +58,22 @@ def step(*, name: str, key: Callable[..., Any], timeout_s: float) -> Callable[[S
             "persist_result": True,
             "result_serializer": JSONSerializer(),
             "cache_key_fn": _key_of(name, key),
+            "on_completion": [_note_if_kept],
         }
-        return cast(Step, task(**policy)(_timed(function)))
+        return cast(Step, task(**policy)(_accounted(name, function, tells=True)))
 
     return decorate
 
 
-def effect(*, name: str, timeout_s: float) -> Callable[[Step], Step]:
-    """Make a plain function a step that is harmless to repeat and looks for itself whether its effect is there already."""
+def effect(*, name: str, timeout_s: float, tells: bool = False) -> Callable[[Step], Step]:
+    """Make a plain function a step that is harmless to repeat and looks for itself whether its effect is there already.
+
+    `tells`: its result, a dict, says the seconds that it took and what it used, as every `step`'s does.
+    """
 
     def decorate(function: Step) -> Step:
         policy = _policy(name, timeout_s) | {"persist_result": False, "cache_policy": NO_CACHE}
-        return cast(Step, task(**policy)(function))
+        return cast(Step, task(**policy)(_accounted(name, function, tells=tells)))
 
     return decorate
 
@@ -99,16 +103,22 @@ def _result_storage(spec: Spec) -> StepResults:
     return block
 
 
-def _timed(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """The function, its result telling the seconds that it took (a kept result tells those of its making)."""
+def _accounted(name: str, function: Callable[..., Any], *, tells: bool) -> Callable[..., Any]:
+    """The function, part of its run's account; where it `tells`, so does its result (a kept one tells what its making took)."""
 
     @functools.wraps(function)
-    def timed(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        started = time.monotonic()
-        result = function(*args, **kwargs)
-        return {**result, "seconds": round(time.monotonic() - started, 3)}
+    def accounted(*args: Any, **kwargs: Any) -> Any:
+        with accounts.of_step(name) as account:
+            result = function(*args, **kwargs)
+        return {**result, "seconds": round(account.latest_s, 3), "used": account.latest.plain()} if tells else result
 
-    return timed
+    return accounted
+
+
+def _note_if_kept(step: Task[Any, Any], _run: TaskRun, state: State[Any]) -> None:
+    """Prefect's hook: a step that is complete without its function having been called."""
+    if state.name == "Cached":
+        accounts.kept(step.name)
 
 
 def _key_of(name: str, key: Callable[..., Any]) -> Callable[[TaskRunContext, dict[str, Any]], str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ def start_onnx_export(spec: Spec, dataset: dict[str, Any], fit: dict[str, Any]) 
         onnx_on_ray.start_export(fit["model_uri"], dataset["uri"], spec.storage)
 
 
-@effect(name="publish", timeout_s=3600)
+@effect(name="publish", timeout_s=3600, tells=True)
 def publish(
     spec: Spec,
     model: dict[str, Any],
@@ -52,7 +51,6 @@ def publish(
     model.onnx is among them where its answers were verified; a model is published without it rather than not at all. The folder of a
     version that `serves` is left as it is, unless it is damaged: it must never look unfinished, not even for a moment.
     """
-    started = time.monotonic()
     store, uri = object_store(), model["artifact_uri"]
     onnx = _onnx(spec, fit, evaluation)
     transferred = 0
@@ -71,7 +69,6 @@ def publish(
         "verified": True,
         "transferred": transferred,
         "onnx": {key: onnx[key] for key in ("exported", "max_difference", "max_logit_difference", "images", "why")},
-        "seconds": time.monotonic() - started,
     }
 
 
@@ -97,8 +94,8 @@ def _onnx(spec: Spec, fit: dict[str, Any], evaluation: dict[str, Any]) -> dict[s
     """The verified ONNX file of the model, or why there is none, which is said in a line."""
     dataset_uri = join_uri(spec.storage, "datasets", spec.name, evaluation["holdout"]["version"])
     arguments = {"model_uri": fit["model_uri"], "dataset_uri": dataset_uri, "storage": spec.storage}
-    with progress.step("Exporting to ONNX"):
-        onnx = run_on_ray(step_work.export_onnx, arguments, storage=spec.storage, watch=Watch())
+    with progress.step("Exporting to ONNX") as on_progress:
+        onnx = run_on_ray(step_work.export_onnx, arguments, storage=spec.storage, watch=Watch(on_progress, progress.say, on_progress.waits))
     if not onnx["exported"]:
         progress.say(f"[yellow]No ONNX file:[/] {escape(onnx['why'])}. The model is published without it.")
     return onnx

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -23,10 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from infra import usage
 from infra.errors import ServiceError, UnfreezeError, UserError
 from infra.job_server import Job, JobServer
 from infra.object_store import join_uri, object_store
 from infra.ray_cluster import KEEP_BYTES, LOOPBACK, ROOT
+from infra.usage import Usage
 from ray_jobs import job_environment
 from ray_jobs.job_objects import JobObjects, Plain, Progress, error_of
 from ray_jobs.spec import digest_of
@@ -44,6 +47,7 @@ NAMED = "unfreeze-"
 """How the ids of our jobs begin."""
 FLOW_RUN = "unfreeze.flow_run_id"
 CARRY_ON = "The same command carries on."
+log = logging.getLogger(__name__)
 
 
 class ThisProcess:
@@ -81,6 +85,7 @@ def run_as_job(entry: str, arguments: Plain, *, address: str, storage: str, watc
     while True:
         job_id, shown = _current(call), _Shown(watch)
         with _stopped_if_interrupted(server, job_id), _waiting_for(job_id):
+            log.info("the Ray job of a step", extra={"job": job_id, "address": address})
             if server.find(job_id) is None:
                 _submit(call, job_id)
             job = _await_end(call, job_id, shown)
@@ -158,6 +163,7 @@ class _Shown:
         self.lines = max(self.lines, len(progress.said))
         if progress.total:
             self.watch.on_progress(progress.done, progress.total)
+        self.watch.waits(progress.waits_for, progress.waited_s)
 
 
 def _taken(call: _Call, job: Job, shown: _Shown) -> Plain | None:
@@ -169,6 +175,7 @@ def _taken(call: _Call, job: Job, shown: _Shown) -> Plain | None:
         shown.show(Progress(said=outcome["said"]))
         if "error" in outcome:
             raise error_of(outcome["error"])
+        usage.add(Usage(**outcome["used"]))
         result: Plain = outcome["result"]
         return result
     if job.status == "SUCCEEDED":

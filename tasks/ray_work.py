@@ -30,7 +30,13 @@ def run_on_ray(work: Work, arguments: Plain, *, storage: str, watch: Watch, pack
     address = job_server.named()
     if address is None:
         with ray_cluster.connect():
-            return _plain(work(watch, **arguments))
+            from ray_jobs.waiting import waits_told
+            from ray_jobs.workers import take_usage
+
+            with waits_told(watch) as told:
+                result = work(told, **arguments)
+            take_usage()
+            return _plain(result)
     entry = f"{work.__module__}:{work.__qualname__}"
     return run_as_job(entry, arguments, address=address, storage=storage, watch=watch, packages=packages)
 

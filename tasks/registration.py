@@ -16,6 +16,7 @@ from infra.object_store import join_uri, object_store
 from infra.tracking import Metric, RunRecord
 from ray_jobs import preprocessing
 from ray_jobs.spec import Spec
+from tasks.accounts import metrics_of
 from tasks.lineage import git_commit
 from tasks.policies import effect
 from tasks.search import common_tags
@@ -95,7 +96,7 @@ def _fit_record(spec: Spec, dataset: dict[str, Any], search: dict[str, Any], fit
         tags=common_tags(spec, dataset)
         | {"unfreeze.kind": "fit", "unfreeze.search_id": search["search_id"], "unfreeze.chosen": fit["chosen"]},
         params={"unfreeze_depth": fit["unfreeze_depth"], "lr": fit["lr"], "workers": fit["workers"], "augmentation": spec.fit.augmentation},
-        metrics=metrics,
+        metrics=[*metrics, Metric("seconds", float(fit["seconds"])), *metrics_of(fit)],
         started_ms=started_ms,
         ended_ms=max(at_ms, started_ms + int(1000 * fit["seconds"])),
         files={"model": model},

@@ -14,6 +14,7 @@ from infra.object_store import object_store
 from infra.tracking import Metric, RunRecord
 from ray_jobs.dataset import Dataset, open_dataset
 from ray_jobs.spec import Spec, digest_of
+from tasks.accounts import metrics_of
 from tasks.lineage import git_commit
 from tasks.policies import effect
 from tasks.promotion_page import page_content
@@ -129,7 +130,7 @@ def _evaluation_record(spec: Spec, parts: dict[str, Any], files: dict[str, Path]
         name=f"evaluation of version {decision['version']}",
         tags=tags,
         params={"champion_version": decision["champion_version"], "reason": decision["reason"]},
-        metrics=metrics,
+        metrics=[*metrics, Metric("seconds", float(evaluation["seconds"])), *metrics_of(evaluation)],
         started_ms=at_ms,
         ended_ms=at_ms + int(1000 * evaluation["seconds"]),
         files={"": next(iter(files.values())).parent},

@@ -18,6 +18,7 @@ from ray_jobs import step_work
 from ray_jobs.search_space import TrialConfig, backbone_in_points, dimensions, point_of, warm_places
 from ray_jobs.spec import Range, Spec
 from ray_jobs.watch import Watch
+from tasks.accounts import metrics_of
 from tasks.backbones import digests
 from tasks.features import together
 from tasks.planning import whole_plan
@@ -56,7 +57,7 @@ def run_search(spec: Spec, dataset: Values, backbones: Each, features: Each, pla
         "fits": fits,
     }
     with progress.step(f"Searching depth and learning rate, about {plan['trials_s']:.0f} s") as on_progress:
-        watch = Watch(_loading_what_comes_next(on_progress), progress.say)
+        watch = Watch(_loading_what_comes_next(on_progress), progress.say, on_progress.waits)
         found = run_on_ray(step_work.run_search, arguments, storage=spec.storage, watch=watch)
     prefix_s = together(features)["seconds"]
     cost = {"estimated_s": plan["estimated_s"], "prefix_s": prefix_s, "measured_s": prefix_s + found["seconds"]}
@@ -173,7 +174,7 @@ def _search_record(spec: Spec, backbones: Each, search: Values, tags: dict[str, 
         name=f"search {search['search_id'][:8]}",
         tags=tags | {"unfreeze.kind": "search"},
         params=params,
-        metrics=[Metric(key, float(value)) for key, value in figures.items()],
+        metrics=[*(Metric(key, float(value)) for key, value in figures.items()), *metrics_of(search)],
         started_ms=started_ms,
         ended_ms=started_ms + int(1000 * search["seconds"]),
     )

@@ -32,5 +32,5 @@ def fit_winner(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], se
     )
     arguments = {"spec": spec.model_dump(mode="json"), "dataset": dataset, "backbone": backbone, "search": search}
     with progress.step(title) as on_progress:
-        fit = run_on_ray(step_work.run_fit, arguments, storage=spec.storage, watch=Watch(on_progress, progress.say))
+        fit = run_on_ray(step_work.run_fit, arguments, storage=spec.storage, watch=Watch(on_progress, progress.say, on_progress.waits))
     return {**fit, "uris": [fit["model_uri"], fit["probe_model_uri"]]}

@@ -1,9 +1,10 @@
-"""A process that does the work `waits`, to be killed: `python -m tests.ray_work_caller FOLDER`."""
+"""A process that has work done, as another command: `python -m tests.ray_work_caller ENTRY FOLDER`."""
 
 from __future__ import annotations
 
 import sys
 
+from infra import logs
 from ray_jobs.watch import Watch
 from tasks.ray_work import run_on_ray
 from tests import ray_work_entries
@@ -11,4 +12,6 @@ from tests import ray_work_entries
 PACKAGES = ("ray_jobs", "infra", "tests")
 
 if __name__ == "__main__":
-    run_on_ray(ray_work_entries.waits, {"folder": sys.argv[1]}, storage="s3://unfreeze", watch=Watch(), packages=PACKAGES)
+    entry, folder = getattr(ray_work_entries, sys.argv[1]), sys.argv[2]
+    with logs.within(command="retrain pets"):
+        run_on_ray(entry, {"folder": folder}, storage="s3://unfreeze", watch=Watch(), packages=PACKAGES)

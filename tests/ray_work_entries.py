@@ -65,6 +65,23 @@ def waits(watch: Watch, *, folder: str) -> Plain:
     return {"ended": True}
 
 
+def holds(_watch: Watch, *, folder: str) -> Plain:
+    """Takes both CPUs until there is an object `go`."""
+    import ray
+
+    ray.get(ray.remote(num_cpus=2)(_hold).remote(folder))
+    return {}
+
+
+def _hold(folder: str) -> None:
+    waits(Watch(), folder=folder)
+
+
+def stores(_watch: Watch, *, folder: str, size: int) -> Plain:
+    object_store().write(join_uri(folder, "bytes"), bytes(size))
+    return {}
+
+
 def sees(_watch: Watch) -> Plain:
     """Where the code is, and whether a worker of Ray knows the way to S3."""
     import ray

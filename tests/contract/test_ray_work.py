@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from infra import job_server, local_stack
+from infra import job_server, local_stack, usage
 from infra.errors import ServiceError, UserError
 from infra.job_server import JobServer
 from infra.object_store import join_uri, object_store
@@ -99,6 +99,31 @@ def test_who_is_interrupted_leaves_nothing_that_goes_on_and_the_next_try_does_th
     _go(folder)
     assert do(entries.waits, {"folder": folder}, watch=Watch()) == {"ended": True}
     assert (_count(folder, "started"), _count(folder, "ended")) == (2, 1)
+
+
+@pytest.mark.usefixtures("place")
+def test_who_waits_for_room_hears_what_for_and_who_holds_it() -> None:
+    folder = _new_folder()
+    told: list[str] = []
+
+    def heard(what: str, seconds: float) -> None:
+        told.append(what)
+        if what:
+            _go(folder)
+
+    environment = {name: value for name, value in os.environ.items() if name != job_server.JOB_SERVER} | {"UNFREEZE_USER": "alice"}
+    command = [sys.executable, "-m", "tests.ray_work_caller", "holds", folder]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], env=environment) as other:
+        _until(lambda: _count(folder, "started") == 1 or other.poll() is not None)
+        assert do(entries.doubled, {"numbers": [1]}, watch=Watch(waits=heard)) == {"doubled": [2]}
+        assert other.wait(60) == 0
+    assert "1 CPU (retrain pets of alice holds 2 CPUs)" in told
+
+
+def test_what_a_job_used_is_counted_by_its_caller(server: JobServer) -> None:
+    before = usage.so_far()
+    do(entries.stores, {"folder": _new_folder(), "size": 4 * 10**6}, watch=Watch())
+    assert (usage.so_far() - before).s3_written_bytes > 4 * 10**6
 
 
 def test_who_is_killed_leaves_a_job_that_the_next_caller_takes_up(server: JobServer) -> None:
@@ -186,7 +211,7 @@ def _name(folder: str, server: JobServer) -> str:
 def _start_and_kill(folder: str) -> None:
     """Another process begins the work, and is killed in the middle of it."""
     root = Path(__file__).parents[2]
-    caller = subprocess.Popen([sys.executable, "-m", "tests.ray_work_caller", folder], cwd=root)
+    caller = subprocess.Popen([sys.executable, "-m", "tests.ray_work_caller", "waits", folder], cwd=root)
     try:
         _until(lambda: _count(folder, "started") == 1 or caller.poll() is not None)
         assert caller.poll() is None

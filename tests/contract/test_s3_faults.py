@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from infra import patience, s3_upload
+from infra import object_store, patience, s3_upload
 from infra.errors import ServiceError, UserError
 from infra.in_threads import in_threads
 from infra.object_store import S3ObjectStore, join_uri
@@ -108,6 +108,27 @@ def test_a_conditional_write_whose_answer_was_lost_is_no_conflict(enforcing_prox
     assert not store.write_if_absent(f"{BASE}/mine", b"another's")
     assert store.read(f"{BASE}/mine") == b"ours"
     assert not store.write_if_absent(f"{BASE}/mine", b"ours")  # no answer was lost: it was there before
+
+
+@pytest.mark.parametrize("address", ["a refused connection", "an unknown host"])
+def test_an_address_that_nobody_answers_at_is_named_long_before_the_deadline(
+    proxy: FaultProxy, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = proxy.endpoint if address == "a refused connection" else "http://no-such-host.invalid"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setattr(object_store, "REACHED_IN_S", 0.3)
+    proxy.refuse()
+    with pytest.raises(ServiceError) as failed:
+        S3ObjectStore(deadline_s=3600).require_bucket(BASE)
+    assert endpoint in failed.value.what
+    assert "AWS_ENDPOINT_URL" in failed.value.way_out
+
+
+def test_a_store_that_answers_503_at_first_is_waited_for(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "REACHED_IN_S", 0.3)
+    proxy.answer(503, "SlowDown", seconds=1.5)
+    S3ObjectStore(deadline_s=60).require_bucket(BASE)
+    assert proxy.hit > 1
 
 
 def test_a_wait_is_said_once_however_many_threads_wait(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from infra.committed_folder import commit, verify
 from infra.lease import this_machine
 from infra.object_store import S3ObjectStore, join_uri, object_store
 from infra.progress import ignore
+from infra.settings import user
 from ray_jobs.spec import Spec, parse_spec
 from tests import small_data
 
@@ -180,7 +181,9 @@ def test_two_searches_at_once_compute_once_and_the_one_that_waits_says_so(
         thread.join()
     assert sorted(one["computed_images"] for one in made) == [0, images_of(dataset)]
     assert made[0]["features"] == made[1]["features"]
-    assert said == [f"Waiting for process {os.getpid()}, which computes features of the same backbone."]
+    (line,) = said
+    assert line.startswith("Waiting since ")
+    assert line.endswith(f" for process {os.getpid()} of {user()}, which computes features of the same backbone.")
     assert list(object_store().list(join_uri(lab, "leases"))) == []
 
 
@@ -204,7 +207,8 @@ def test_a_search_that_was_killed_at_work_is_not_waited_for(machine: Path, lab: 
         started = time.monotonic()
         said: list[str] = []
         assert cached(spec, dataset, backbone, said)["computed_images"] == images_of(dataset)
-    assert said == [f"Waiting for process {child.pid}, which computes features of the same backbone."]
+    (line,) = said
+    assert line.endswith(f" for process {child.pid}, which computes features of the same backbone.")
     assert 1.5 < time.monotonic() - started < 25
     child.wait()
 

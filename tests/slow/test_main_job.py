@@ -66,6 +66,8 @@ def test_an_outside_mlflow_client_finds_champion_search_and_trials_and_nothing_i
     assert {run.data.tags["mlflow.parentRunId"] for run in trials} == {search.info.run_id}
     assert {run.data.params["unfreeze_depth"] for run in trials} == {"0", "1"}
     assert all(client.get_metric_history(run.info.run_id, "val_accuracy") for run in trials)
+    costs = {"cpu_s", "gpu_s", "s3_read_bytes", "s3_written_bytes", "s3_retries", "seconds"}
+    assert all(costs <= set(run.data.metrics) for run in runs if run not in trials)
 
 
 def test_prefect_shows_the_flow_run_with_its_tasks_and_artifacts(site: Site, first: dict[str, Any]) -> None:
@@ -77,6 +79,38 @@ def test_prefect_shows_the_flow_run_with_its_tasks_and_artifacts(site: Site, fir
     assert {"prepare data", "prepare backbone", "cache features", "search", "fit", "evaluate", "register", "publish", "promote"} <= tasks
     kinds = {artifact["type"] for artifact in _post(f"{api}/artifacts/filter", wanted)}
     assert {"markdown", "table"} <= kinds
+
+
+def test_a_retraining_leaves_an_account_of_every_step_and_a_log_of_every_trial(site: Site, first: dict[str, Any]) -> None:
+    account = _account(site, first)
+    steps = {step["step"]: step for step in account["steps"]}
+    assert (account["flow_run_id"], account["status"]) == (first["flow_run_id"], "promoted")
+    wanted = {"prepare data", "prepare backbone", "plan search", "cache features", "search", "fit", "evaluate", "register", "publish"}
+    assert wanted <= set(steps)
+    assert {steps[name]["state"] for name in wanted} == {"computed"}
+    assert min(steps[name]["cpu_s"] for name in ("prepare data", "cache features", "search", "fit", "evaluate")) > 0
+    assert steps["publish"]["s3_written_bytes"] > first["publish"]["bytes"] / 2
+    for name, step in {"prepare": "prepare data", "search": "search", "fit": "fit", "publish": "publish"}.items():
+        assert first["seconds"][name] == round(steps[step]["seconds"], 2)
+    log = site.folder / "home" / "logs" / f"{first['flow_run_id']}.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {line["trial"] for line in lines if "trial" in line} == {0, 1, 2, 3}
+    assert {line["step"] for line in lines if "trial" in line} == {"search"}
+    assert {line["service"] for line in lines if "service" in line} == {"s3", "mlflow", "prefect", "ray"}
+    assert lines[-1]["what"] == "done"
+
+
+def test_a_retraining_that_skips_says_which_steps_it_kept(site: Site, first: dict[str, Any]) -> None:
+    account = _account(site, site.json("retrain", site.spec("shapes")))
+    steps = {step["step"]: step["state"] for step in account["steps"]}
+    assert account["status"] == "skipped"
+    assert steps == {"prepare data": "kept", "prepare backbone": "kept", "look for a finished retraining": "computed"}
+
+
+def _account(site: Site, answer: dict[str, Any]) -> dict[str, Any]:
+    bucket, _, key = answer["metrics"].removeprefix("s3://").partition("/")
+    account: dict[str, Any] = json.loads(site.s3().get_object(Bucket=bucket, Key=key)["Body"].read())
+    return account
 
 
 def test_the_champion_loads_with_plain_mlflow_elsewhere_and_holds_no_pickle(site: Site, first: dict[str, Any]) -> None:

@@ -108,8 +108,9 @@ def test_what_a_job_is_asked_and_answers_arrives_as_it_was(store: S3ObjectStore,
     assert objects.request() == ("module:name", values)
     assert (objects.told(), objects.outcome()) == (Progress(), None)  # nothing of the example before is left
     objects.tell(Progress(1, 2, lines))
-    objects.succeed(values, lines)
-    assert (objects.told(), objects.outcome()) == (Progress(1, 2, lines), {"result": values, "said": lines})
+    objects.succeed(values, lines, {"cpu_s": 1.5})
+    answered = {"result": values, "said": lines, "used": {"cpu_s": 1.5}}
+    assert (objects.told(), objects.outcome()) == (Progress(1, 2, lines), answered)
     objects.delete()
     assert list(store.list("s3://unfreeze/jobs/one")) == []
 
