@@ -63,6 +63,7 @@ class Round:
     exits: list[int | None] = field(default_factory=list)
     seconds: float = 0.0
     extra_s: float = 0.0
+    sent_again: int = 0
     redone: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -70,7 +71,8 @@ class Round:
     def cells(self) -> tuple[str, ...]:
         moment, ended = f"{self.after_s:.1f} s into {self.step}", ", ".join(map(str, self.exits))
         result = "; ".join(self.problems + self.redone) or "the same"
-        return str(self.number), self.fault, moment, self.scheduler, self.known, ended, f"{self.extra_s:+.0f} s", result
+        cost = f"{self.extra_s:+.0f} s, {self.sent_again} objects"
+        return str(self.number), self.fault, moment, self.scheduler, self.known, ended, cost, result
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,7 @@ def one_round(site: Site, number: int, name: str, scheduler: str, expected: Undi
     if before is None:
         command.wait()
         return None
+    requests = len(asked(site))
     found.known = str(before)
     found.exits.append(command.wait())
     site.heal()
@@ -243,6 +246,7 @@ def one_round(site: Site, number: int, name: str, scheduler: str, expected: Undi
         found.exits.append(command.wait())
     found.seconds = time.monotonic() - started
     found.extra_s = found.seconds - expected.seconds
+    found.sent_again = checks.written_again(asked(site)[:requests], asked(site)[requests:], spec.stem)
     if found.exits[-1] != 0:
         found.problems.append(f"the same command again {_told(found.exits[-1])}: {command.lines[-500:]}")
         return found
@@ -349,7 +353,7 @@ def main() -> None:
     with home() as folder, site(folder, chosen.seed) as here:
         rounds = chaos(chosen, here)
     table = Table(title=f"chaos, seed {chosen.seed}")
-    for column in ("", "fault", "moment", "scheduler", "finished by then", "exits", "extra", "result"):
+    for column in ("", "fault", "moment", "scheduler", "finished by then", "exits", "cost", "result"):
         table.add_column(column, overflow="fold")
     for one in rounds:
         table.add_row(*one.cells)
@@ -359,6 +363,7 @@ def main() -> None:
         Figure("rounds that end as undisturbed", good, f" of {len(rounds)}", len(rounds)),
         Figure("finished steps, folders, trials or epochs computed again", sum(len(one.redone) for one in rounds), "", 0, higher=False),
         Figure("rounds in which the same command ran again", sum(len(one.exits) > 1 for one in rounds)),
+        Figure("objects of unfinished work sent again", sum(one.sent_again for one in rounds)),
         Figure("seconds that a fault cost, on average, outages included", sum(one.extra_s for one in rounds) / len(rounds), " s"),
     ]
     report("Chaos of the whole job", figures, chosen, chaos=[vars(one) for one in rounds])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,12 +109,7 @@ def differences(found: Json, expected: Json) -> list[str]:
 
 def read_too_early(requests: Iterable[tuple[str, str]], name: str) -> list[str]:
     """Objects of folders with a manifest that were read before it was written, in the order of `requests` (method, path)."""
-    seen: list[tuple[str, str]] = []
-    for method, path in requests:
-        parts = urlsplit(path)
-        key = unquote(parts.path).lstrip("/").partition("/")[2]
-        if key.startswith(f"{name}/") and not parts.query.startswith("list-type"):
-            seen.append((method, key))
+    seen = list(_below(requests, name))
     folders = {key.rpartition("/")[0] for method, key in seen if method == "PUT" and key.endswith(f"/{MANIFEST}")}
     committed: set[str] = set()
     early: dict[str, None] = {}
@@ -129,6 +124,21 @@ def read_too_early(requests: Iterable[tuple[str, str]], name: str) -> list[str]:
         if method == "GET" and last != MANIFEST and folder not in committed:
             early[key] = None
     return [f"{key} was read before its {MANIFEST} was there" for key in early]
+
+
+def written_again(before: Iterable[tuple[str, str]], after: Iterable[tuple[str, str]], name: str) -> int:
+    """How many objects were sent both before and after a fault: the unfinished work that it cost, as far as S3 has seen it."""
+    sent, again = ({key for method, key in _below(requests, name) if method == "PUT"} for requests in (before, after))
+    return len(sent & again)
+
+
+def _below(requests: Iterable[tuple[str, str]], name: str) -> Iterator[tuple[str, str]]:
+    """(method, key) of the requests for objects of a round's storage."""
+    for method, path in requests:
+        parts = urlsplit(path)
+        key = unquote(parts.path).lstrip("/").partition("/")[2]
+        if key.startswith(f"{name}/") and "list-type" not in parts.query:
+            yield method, key
 
 
 def verified(root: Path, bucket: str) -> list[str]:

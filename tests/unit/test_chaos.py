@@ -85,6 +85,12 @@ def test_an_object_that_is_read_before_its_manifest_is_written_is_found_and_no_o
     assert found == ["x/fits/f/fit/model.safetensors was read before its MANIFEST.json was there"]
 
 
+def test_what_is_sent_before_and_after_a_fault_is_counted_once(load: Load) -> None:
+    before = [("PUT", "/unfreeze/x/a?x-id=PutObject"), ("PUT", "/unfreeze/x/b"), ("PUT", "/unfreeze/y/a"), ("GET", "/unfreeze/x/c")]
+    after = [("PUT", "/unfreeze/x/a"), ("PUT", "/unfreeze/x/a"), ("PUT", "/unfreeze/y/a"), ("PUT", "/unfreeze/x/c")]
+    assert load("chaos_checks").written_again(before, after, "x") == 1
+
+
 def test_only_times_and_places_may_differ(load: Load) -> None:
     checks = load("chaos_checks")
     assert checks.timeless([{**EPOCHS[0], "uri": "s3://x/1"}]) == [{"epoch": 1, "val_accuracy": 0.5}]
