@@ -201,7 +201,7 @@ def deck(wanted: Sequence[str], seed: int) -> Iterator[str]:
 def steps_of(lines: str) -> list[tuple[str, float]]:
     """Each step of the job by the beginning of its title, up to what may differ, with its seconds; the start of the command first."""
     ended = [line.split(DONE) for line in lines.splitlines() if DONE in line]
-    found = [(re.split(r"[,\d]", title)[0].strip(), float(lasted.removesuffix(" s"))) for title, lasted in ended]
+    found = [(re.split(r",| \d", title)[0].strip(), float(lasted.removesuffix(" s"))) for title, lasted in ended]
     return [(STARTS, 1.0), *found]
 
 

@@ -110,7 +110,7 @@ class Site:
 
     def spec(self, name: str, scheduler: str) -> Path:
         content = {
-            "name": name, "storage": f"s3://{BUCKET}/{name}", "backbone": {"name": "test_efficientnet", "weights": "none"},
+            "name": name, "storage": f"s3://{BUCKET}/{name}", "backbone": {"name": "resnet10t", "weights": "none"},
             "data": {"source": str(self.images), "image_size": 32, "val_fraction": 0.2, "holdout_fraction": 0.2},
             "search": {
                 "unfreeze_depth": [0, 1], "lr": [1e-2, 1e-3], "max_epochs": 3, "batch_size": 16, "scheduler": scheduler, "seed": self.seed,
