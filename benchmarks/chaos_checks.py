@@ -17,6 +17,8 @@ OWN = ("uri", "leaderboard_uri", "checkpoint_uri", "run_id", "evidence_uri")
 """What tells a round's own place or moment, not what was found."""
 IN_RAY = {"actors": "class_name", "placement_groups": "placement_group_id", "tasks": "name"}
 OVER = ("DEAD", "REMOVED", "FINISHED", "FAILED", "NIL")
+STAYS = ("Lane", "_AutoscalingCoordinatorActor")
+"""The warm lanes, and what Ray Train starts once a cluster."""
 SETTLE_S = 40.0
 POLL_S = 0.5
 
@@ -102,9 +104,23 @@ def timeless(value: Any) -> Any:
 
 
 def differences(found: Json, expected: Json) -> list[str]:
-    """The parts that differ, in a few words each."""
-    other = [(key, found.get(key), value) for key, value in expected.items() if found.get(key) != value]
-    return [f"another {key}: {str(this)[:160]} instead of {str(value)[:160]}" for key, this, value in other]
+    """What differs, part by part: where first, and in how many places."""
+    said = []
+    for part, value in expected.items():
+        if leaves := list(_unlike(found.get(part), value, part)):
+            said.append(f"another {leaves[0]}" + (f", and {len(leaves) - 1} more" if len(leaves) > 1 else ""))
+    return said
+
+
+def _unlike(found: Any, expected: Any, path: str) -> Iterator[str]:
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in sorted({*found, *expected}):
+            yield from _unlike(found.get(key), expected.get(key), f"{path}.{key}")
+    elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        for index, pair in enumerate(zip(found, expected, strict=True)):
+            yield from _unlike(*pair, f"{path}[{index}]")
+    elif found != expected:
+        yield f"{path}: {str(found)[:80]} instead of {str(expected)[:80]}"
 
 
 def read_too_early(requests: Iterable[tuple[str, str]], name: str) -> list[str]:
@@ -192,7 +208,7 @@ def left_in_ray(status: Json) -> list[str]:
     for kind, name in IN_RAY.items():
         answer = httpx.get(f"{status['dashboard_url']}/api/v0/{kind}", headers=headers, params={"limit": 1000}, timeout=30)
         rows = answer.raise_for_status().json()["data"]["result"]["result"]
-        left = [row for row in rows if row["state"] not in OVER and not str(row[name]).startswith("Lane")]
+        left = [row for row in rows if row["state"] not in OVER and row[name] not in STAYS]
         found += [f"Ray still has {kind[:-1]} {row[name]} ({row['state']})" for row in left]
     return found
 

@@ -94,7 +94,9 @@ def test_what_is_sent_before_and_after_a_fault_is_counted_once(load: Load) -> No
 def test_only_times_and_places_may_differ(load: Load) -> None:
     checks = load("chaos_checks")
     assert checks.timeless([{**EPOCHS[0], "uri": "s3://x/1"}]) == [{"epoch": 1, "val_accuracy": 0.5}]
-    assert checks.differences({"a": 1, "b": 2}, {"a": 1, "b": 3}) == ["another b: 2 instead of 3"]
+    found, expected = {"a": 1, "b": [{"c": 1, "d": 2}]}, {"a": 1, "b": [{"c": 2, "d": 3}]}
+    assert checks.differences(found, expected) == ["another b[0].c: 1 instead of 2, and 1 more"]
+    assert checks.differences(found, found) == []
 
 
 def test_the_same_seed_breaks_the_same_things_and_each_about_equally_often(load: Load) -> None:
