@@ -6,7 +6,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: setup demo test check unit bench lock clean
+.PHONY: setup demo test check unit bench chaos lock clean
 
 setup: .venv/.ready
 
@@ -36,6 +36,10 @@ check: setup
 
 bench: setup
 	@$(BIN)/python benchmarks/everything.py $(ARGS)
+
+chaos: setup
+	@scripts/install-test-tools
+	@$(BIN)/python -W ignore benchmarks/chaos.py $(ARGS)
 
 lock: setup
 	$(BIN)/uv pip compile -q --no-header --no-annotate --no-emit-index-url --no-emit-find-links --extra dev --python-version 3.11 pyproject.toml -o requirements.txt

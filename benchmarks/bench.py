@@ -58,13 +58,16 @@ class Options:
     more: argparse.Namespace
 
 
-def options(document: str | None, **integers: tuple[int, int, str]) -> Options:
-    """Read the command line and print what is measured on what. `integers`: further options as (default, with --small, help)."""
+def options(document: str | None, rounds: tuple[int, int] = (3, 1), only: str = "", **integers: tuple[int, int, str]) -> Options:
+    """Read the command line and print what is measured on what. `rounds`: how many by default, and with --small; `only`: the help of an
+    option of this name, where there is one; `integers`: further options as (default, with --small, help)."""
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="little data and one round: minutes, and figures to look at, not to quote")
-    parser.add_argument("--rounds", type=int, help="how often each arm runs, in turns; 3, and 1 with --small")
+    parser.add_argument("--rounds", type=int, help=f"how many, or how often each arm runs; {rounds[0]}, and {rounds[1]} with --small")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures here, too")
+    if only:
+        parser.add_argument("--only", default="", help=only)
     for name, (_, _, text) in integers.items():
         parser.add_argument(f"--{name}", type=int, help=text)
     found = parser.parse_args()
@@ -72,7 +75,7 @@ def options(document: str | None, **integers: tuple[int, int, str]) -> Options:
         if getattr(found, name) is None:
             setattr(found, name, small if found.small else default)
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported here or in any server started from here
-    chosen = Options(found.small, found.rounds or (1 if found.small else 3), found.seed, found.json, found)
+    chosen = Options(found.small, found.rounds or rounds[found.small], found.seed, found.json, found)
     size = "small" if chosen.small else "full"
     print(f"{size} size, {chosen.rounds} round(s), seed {chosen.seed}, 1 thread a process, {os.cpu_count()} CPUs; commit {commit()}")
     print(", ".join(f"{name} {found}" for name, found in versions().items()), flush=True)

@@ -18,7 +18,7 @@ from bench import ROOT, Figure, print_figures
 RESULTS = ROOT / "benchmarks" / "results"
 SCRIPTS = (
     "prefix", "decode_and_resize", "new_images", "trial_overhead", "planner", "warm_start", "marginal_trial", "many_trials", "views",
-    "gate", "kills", "transfers", "orchestration",
+    "gate", "transfers", "orchestration",
 )  # fmt: skip
 CASES = ("last-blocks", "all-depths", "heads")
 PEER_GOALS = {

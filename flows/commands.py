@@ -209,6 +209,9 @@ def services(storage: str, command: str) -> Iterator[None]:
             warming = partial(warm_up, claim=stack.claim) if stack.stays("ray") else warm_up
             exits.enter_context(ray_cluster.one_connection(warming))
             exits.callback(_leave_warm, stack)
+        from tasks.deployments import prefect_errors  # imports Prefect, which has an address now
+
+        exits.enter_context(prefect_errors())
         yield
 
 

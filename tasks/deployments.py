@@ -42,9 +42,16 @@ class Schedule:
 @contextmanager
 def prefect_client(timeout_s: float | None = None) -> Iterator[SyncPrefectClient]:
     """Prefect's client, its errors turned into ours. With a timeout it is a new one, for a thread beside the flow run's own."""
+    settings = None if timeout_s is None else {"timeout": timeout_s}
+    with prefect_errors(), get_client(sync_client=True, httpx_settings=settings) as client:
+        yield client
+
+
+@contextmanager
+def prefect_errors() -> Iterator[None]:
+    """Turn Prefect's errors into ours, a flow's own among them: at its end it tells the server, which may have died meanwhile."""
     try:
-        with get_client(sync_client=True, httpx_settings=None if timeout_s is None else {"timeout": timeout_s}) as client:
-            yield client
+        yield
     except (httpx.HTTPError, PrefectException) as error:
         raise ServiceError(f"Prefect failed: {error}", "Run the command again; where it fails again, look at Prefect's log.") from error
 

@@ -1,15 +1,20 @@
-"""A real HTTP proxy in front of a real S3 server that fails as it is told to: nothing is random, each fault says how often it happens."""
+"""Faults by construction: an HTTP proxy in front of a real S3 server that fails as it is told to, a disk that can be full, a clock
+that jumps. Nothing is random, each fault says how often it happens."""
 
 from __future__ import annotations
 
 import http.client
+import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -120,6 +125,11 @@ class FaultProxy:
     def accept(self) -> None:
         """Listen again, at the same address."""
         self._listen(self.port)
+
+    def have(self) -> None:
+        """Listen again where it does not."""
+        if self._server is None:
+            self.accept()
 
     def refuse_for(self, seconds: float) -> threading.Timer:
         """Refuse connections from now on for so long."""
@@ -269,3 +279,56 @@ def proxied(upstream: str) -> Iterator[FaultProxy]:
         yield proxy
     finally:
         proxy.refuse()
+
+
+class SmallDisk:
+    """A folder that is a file system of its own where root may make one, so that it can be full; `missing` says why it is none."""
+
+    def __init__(self, folder: Path, size_bytes: int) -> None:
+        self.folder, self.size_bytes, self.missing = folder, size_bytes, ""
+
+    def __enter__(self) -> SmallDisk:
+        self.folder.mkdir(parents=True)
+        try:
+            command = ["mount", "-t", "tmpfs", "-o", f"size={self.size_bytes},mode=0700", "unfreeze", str(self.folder)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            self.missing = done.stderr.strip()
+        except OSError as error:
+            self.missing = str(error)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self.missing:
+            subprocess.run(["umount", "--lazy", str(self.folder)], check=False, capture_output=True)
+
+    def fill(self) -> None:
+        """Leave no byte free."""
+        assert not self.missing, "this would fill the machine's own disk"
+        with (self.folder / "filler").open("wb", buffering=0) as filler:
+            for size in (2**20, 2**12):
+                with suppress(OSError):
+                    while True:
+                        filler.write(bytes(size))
+
+    def free(self) -> None:
+        (self.folder / "filler").unlink(missing_ok=True)
+
+
+class JumpingClock:
+    """The time of day of Python processes started with `environment` (tests/jumping_clock.c); `missing` says why it cannot be had."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file, library, source = folder / "clock", folder / "clock.so", Path(__file__).with_name("jumping_clock.c")
+        try:
+            command = ["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"]
+            self.missing = subprocess.run(command, capture_output=True, text=True, check=False).stderr.strip()
+        except OSError as error:
+            self.missing = str(error)
+        self.environment = {"LD_PRELOAD": str(library), "JUMPING_CLOCK": str(self._file)}
+        self.jump(0)
+
+    def jump(self, seconds: int) -> None:
+        """So far from the true time from now on."""
+        aside = self._file.with_suffix(".new")
+        aside.write_text(f"{seconds}\n")
+        os.replace(aside, self._file)

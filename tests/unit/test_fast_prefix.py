@@ -75,3 +75,15 @@ def test_training_the_model_later_does_not_change_a_prefix_made_before() -> None
         for parameter in cuts.model.parameters():
             parameter.mul_(2)
         assert_equal_values(rewritten(images(2)), expected)
+
+
+@pytest.mark.parametrize(("slow_for", "chosen"), [(5, True), (1000, False)])
+def test_a_busy_moment_does_not_decide_which_prefix_is_taken(monkeypatch: pytest.MonkeyPatch, slow_for: int, chosen: bool) -> None:
+    """Two workers that chose otherwise would compute features that differ in the last digits."""
+    cuts, looks = cuts_of("resnet10t"), iter(range(1000))
+
+    def seconds(forward: Any, images_BCHW: Tensor) -> float:
+        return 1.0 if forward is cuts.prefix or next(looks) >= slow_for else 2.0
+
+    monkeypatch.setattr("ray_jobs.fast_prefix._seconds", seconds)
+    assert (fast_prefix(cuts, images(4)) is not cuts.prefix) == chosen

@@ -1,0 +1,21 @@
+"""What Prefect raises when its server is away is a failed service, not a bug of ours; what is ours stays what it is."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from prefect.exceptions import PrefectException
+
+from infra.errors import ServiceError, UserError
+from tasks.deployments import prefect_errors
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectError("refused"), httpx.ReadTimeout("late"), PrefectException("no")])
+def test_a_prefect_that_fails_is_a_failed_service(error: Exception) -> None:
+    with pytest.raises(ServiceError, match="Prefect failed"), prefect_errors():
+        raise error
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(UserError), prefect_errors():
+        raise UserError("yours", "mend it")
