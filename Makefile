@@ -6,7 +6,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: setup demo test check unit bench chaos lock clean
+.PHONY: setup demo test check unit bench chaos e2e-cluster lock clean
 
 setup: .venv/.ready
 
@@ -40,6 +40,10 @@ bench: setup
 chaos: setup
 	@scripts/install-test-tools
 	@$(BIN)/python -W ignore benchmarks/chaos.py $(ARGS)
+
+e2e-cluster: setup
+	@scripts/install-test-tools iproute2
+	@$(BIN)/python -m tests.e2e.own_world $(BIN)/pytest tests/e2e/test_cluster.py $(ARGS)
 
 lock: setup
 	$(BIN)/uv pip compile -q --no-header --no-annotate --no-emit-index-url --no-emit-find-links --extra dev --python-version 3.11 pyproject.toml -o requirements.txt
