@@ -141,13 +141,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]) -> None:
-    """Put `optimizer_tensors` back."""
+    """Put `optimizer_tensors` back, laid out in memory as the parameters are: a fused step goes by memory, not by index."""
     by_name = {name: parameter for parameter, name in names.items()}
     for key, value in tensors.items():
         name, _, slot = key.rpartition("|")
         parameter = by_name[name]
-        device = parameter.device if value.shape == parameter.shape or optimizer.defaults.get("fused") else value.device
-        optimizer.state[parameter][slot] = value.to(device, copy=True)
+        if value.shape == parameter.shape:
+            optimizer.state[parameter][slot] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        else:
+            device = parameter.device if optimizer.defaults.get("fused") else value.device
+            optimizer.state[parameter][slot] = value.to(device, copy=True)
 
 
 def _bytes(tensors: Tensors) -> bytes:

@@ -135,7 +135,7 @@ def test_a_fit_goes_on_when_a_machine_is_lost_grows_when_one_comes_and_leaves_on
     machines: Machines, store: S3ObjectStore, tmp_path: Path
 ) -> None:
     _, second = machines.add(), machines.add()
-    world = make_world(tmp_path, store, each=120, num_workers=2, patience=EPOCHS, max_epochs=EPOCHS)
+    world = make_world(tmp_path, store, each=300, num_workers=2, patience=EPOCHS, max_epochs=EPOCHS)
     fit = Fit(world, store)
 
     fit.reaches(1)

@@ -152,6 +152,28 @@ def test_an_optimizer_goes_on_as_if_never_stopped() -> None:
         assert torch.equal(tensor, other.state_dict()[name]), name
 
 
+def test_an_optimizer_of_images_laid_out_by_channel_goes_on_as_if_never_stopped() -> None:
+    def made_anew() -> tuple[nn.Module, torch.optim.Optimizer, dict[torch.Tensor, str]]:
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True), {p: name for name, p in model.named_parameters()}
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+        model(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(number))).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    one, its_optimizer, its_names = made_anew()
+    step(one, its_optimizer, 0)
+    other, other_optimizer, other_names = made_anew()
+    checkpoint.load_trainable(other, checkpoint.trainable_tensors(one))
+    checkpoint.load_optimizer(other_optimizer, other_names, checkpoint.optimizer_tensors(its_optimizer, its_names))
+    step(one, its_optimizer, 1)
+    step(other, other_optimizer, 1)
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
 def test_a_checkpoint_of_another_depth_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     tensors = checkpoint.trainable_tensors(model)
