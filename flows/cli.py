@@ -144,9 +144,7 @@ def predict(
 
 @app.command()
 def doctor(
-    fix: Annotated[
-        bool, typer.Option("--fix", help="Say what a command can mend, then mend it, one finding at a time; without it, only look.")
-    ] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Say what can be mended, then mend it, one by one; without it, only look.")] = False,
     storage: Storage = DEFAULT_STORAGE,
     as_json: AsJson = False,
 ) -> None:

@@ -98,7 +98,7 @@ def _run_everything(world: World, status: dict[str, Any]) -> None:
     site = world.site
     mlflow = _with_password(status["mlflow"]["uri"], MLFLOW_PASSWORD)
     prefect = _with_password(status["prefect"]["api_url"], PREFECT_PASSWORD)
-    away = {"MLFLOW_TRACKING_URI": _with_password("http://127.0.0.1:9", MLFLOW_PASSWORD)}
+    away = {"MLFLOW_TRACKING_URI": _with_password("http://127.0.0.1:9", MLFLOW_PASSWORD), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
     nobody = {"PREFECT_API_URL": _with_password("http://127.0.0.1:9/api", PREFECT_PASSWORD)}
     lost_ledger = {"UNFREEZE_LEDGER_URL": f"postgresql://team:{WRONG_LEDGER_PASSWORD}@127.0.0.1:9/ledger"}
     wrong_secret = {"AWS_SECRET_ACCESS_KEY": WRONG_S3_SECRET}
