@@ -26,11 +26,11 @@ JOB_S = 600.0
 GOAL_SHARE = 5.0
 TIMEOUT_S = 800
 EMPTY = """
-import sys, time
+import pathlib, sys, time
 from flows import commands
 from ray_jobs.spec import load_spec
 
-spec, count = load_spec(sys.argv[1], []), int(sys.argv[2])
+spec, count = load_spec(pathlib.Path(sys.argv[1]), []), int(sys.argv[2])
 with commands.services(spec.storage, "a benchmark"):
     from prefect import flow
     from tasks.policies import effect, keep_results, step

@@ -25,6 +25,7 @@ from ray_jobs.watch import Watch
 QUIET_S = 5.0
 """How long nothing must have moved before Ray is asked."""
 SHOWN_EVERY_S = 2.0
+LONGEST_PAUSE_S = 40.0
 ASK_S = 4
 MOST = 1000
 COUNTED = ("CPU", "GPU")
@@ -83,10 +84,11 @@ class _Moved:
 
 
 def _tell(watch: Watch, moved: _Moved, ended: threading.Event) -> None:
-    told = ""
-    while not ended.wait(SHOWN_EVERY_S if told else QUIET_S):
+    told, pause_s = "", QUIET_S
+    while not ended.wait(SHOWN_EVERY_S if told else pause_s):
         quiet_s = time.monotonic() - moved.at
         what = _looked() if quiet_s >= QUIET_S and not ended.is_set() else ""
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S) if quiet_s >= pause_s else QUIET_S  # a long step is not to keep Ray's dashboard busy
         if (what or told) and not ended.is_set():
             watch.waits(what, quiet_s)
         told = what
@@ -108,18 +110,18 @@ def look() -> Full:
     asked: dict[str, Any] = {"detail": True, "timeout": ASK_S, "limit": MOST, "raise_on_missing_output": False}
     me = ray.get_runtime_context().get_job_id()
     groups = list_placement_groups(**asked)
-    tasks = list_tasks(filters=[("type", "=", "NORMAL_TASK")], **asked)
+    mine_in_line: list[Any] = list_tasks(filters=[("job_id", "=", me), ("state", "=", "PENDING_NODE_ASSIGNMENT")], **asked)
     waiting: list[Any] = [_of_group(one) for one in groups if one.creator_job_id == me and one.state in ("PENDING", "RESCHEDULING")]
-    waiting += [one.required_resources for one in tasks if one.job_id == me and one.state == "PENDING_NODE_ASSIGNMENT"]
+    waiting += [one.required_resources for one in mine_in_line]
     wanted = _only(_sum(waiting), dict.fromkeys(COUNTED, 1.0))
     if not wanted:
         return Full(wanted)
-    actors = list_actors(filters=[("state", "=", "ALIVE")], **asked)
+    running: list[Any] = list_actors(filters=[("state", "=", "ALIVE")], **asked)
+    running += list_tasks(filters=[("state", "=", "RUNNING"), ("type", "=", "NORMAL_TASK")], **asked)
     held: dict[str, list[Amounts]] = defaultdict(list)
     for group in groups:
         if group.state == "CREATED":
             held[group.creator_job_id].append(_of_group(group))
-    running: list[Any] = [*actors, *(task for task in tasks if task.state == "RUNNING")]
     for one in running:
         if not one.placement_group_id:
             held[one.job_id].append(one.required_resources or {})

@@ -61,12 +61,12 @@ class StepAccount:
 
 @dataclass
 class Account:
-    """One run, since its process began. Times are seconds since then."""
+    """One run, since its process began: times are seconds since then, by a clock that nobody sets (`began`)."""
 
     flow: str
     name: str
     flow_run_id: str
-    began_at: float
+    began: float
     services_s: tuple[float, float]
     flow_s: float
     uri: str
@@ -74,7 +74,7 @@ class Account:
     steps: list[StepAccount] = field(default_factory=list)
 
     def now_s(self) -> float:
-        return time.time() - self.began_at
+        return time.monotonic() - self.began
 
     def kept(self, step: str) -> None:
         """A step whose result was there already."""
@@ -99,7 +99,7 @@ class Account:
             "flow_run_id": self.flow_run_id,
             "status": self.status,
             "user": settings.user(),
-            "began_at": datetime.fromtimestamp(self.began_at, UTC).isoformat(timespec="milliseconds"),
+            "began_at": datetime.fromtimestamp(time.time() - total_s, UTC).isoformat(timespec="milliseconds"),
             "seconds": round(total_s, 3),
             "in_steps_s": round(in_steps_s, 3),
             "orchestration": {
@@ -126,9 +126,9 @@ _account: ContextVar[Account | None] = ContextVar("account", default=None)
 @contextmanager
 def looking_for_services() -> Iterator[None]:
     """Note how long they take."""
-    started = time.time()
+    started = time.monotonic()
     yield
-    _Command.services_at = started, time.time()
+    _Command.services_at = started, time.monotonic()
 
 
 FlowFunction = TypeVar("FlowFunction", bound=Callable[..., dict[str, Any]])
@@ -172,11 +172,12 @@ def of_run(flow: str, spec: Spec, flow_run_id: str) -> Iterator[Account]:
 
 def _begun(flow: str, spec: Spec, flow_run_id: str) -> Account:
     """It began with its process, or, where that has had another run before, with its services."""
-    now, uri = time.time(), join_uri(spec.storage, "runs", spec.name, flow_run_id)
+    now, uri = time.monotonic(), join_uri(spec.storage, "runs", spec.name, flow_run_id)
     asked, ready = _Command.services_at or (now, now)
-    began_at = psutil.Process(os.getpid()).create_time() if _Command.is_first else asked
+    age_s = time.time() - psutil.Process(os.getpid()).create_time()
+    began = now - age_s if _Command.is_first else asked
     _Command.is_first = False
-    return Account(flow, spec.name, flow_run_id, began_at, (asked - began_at, ready - began_at), now - began_at, uri)
+    return Account(flow, spec.name, flow_run_id, began, (asked - began, ready - began), now - began, uri)
 
 
 @contextmanager
