@@ -195,6 +195,7 @@ def check_source(spec: Spec) -> None:
 def services(storage: str) -> Iterator[None]:
     """All four services, and one connection to Ray for all steps, unless they go to a cluster as jobs."""
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # our own progress speaks; Prefect's lines go to its server
+    os.environ.setdefault("PREFECT_INTERNAL_LOGGING_LEVEL", "CRITICAL")  # while its server is away, kilobytes for each task
     with ExitStack() as exits:
         exits.enter_context(redirect_stdout(sys.stderr))  # Ray tells there of a worker that died; stdout is for the answer alone
         with progress.step("Finding or starting the services"):

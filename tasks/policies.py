@@ -18,7 +18,7 @@ from prefect.results import ResultStore
 from prefect.serializers import JSONSerializer
 
 from infra.committed_folder import MANIFEST
-from infra.errors import UserError
+from infra.errors import UserError, room_on_disk
 from infra.object_store import join_uri, object_store
 from ray_jobs.spec import Spec, digest_of
 
@@ -59,7 +59,7 @@ def step(*, name: str, key: Callable[..., Any], timeout_s: float) -> Callable[[S
             "result_serializer": JSONSerializer(),
             "cache_key_fn": _key_of(name, key),
         }
-        return cast(Step, task(**policy)(_timed(function)))
+        return cast(Step, task(**policy)(_timed(room_on_disk()(function))))
 
     return decorate
 
@@ -69,7 +69,7 @@ def effect(*, name: str, timeout_s: float) -> Callable[[Step], Step]:
 
     def decorate(function: Step) -> Step:
         policy = _policy(name, timeout_s) | {"persist_result": False, "cache_policy": NO_CACHE}
-        return cast(Step, task(**policy)(function))
+        return cast(Step, task(**policy)(room_on_disk()(function)))
 
     return decorate
 
