@@ -293,10 +293,10 @@ def _check(site: Site, name: str, answer: dict[str, Any], before: checks.Finishe
     del os.environ["MLFLOW_TRACKING_URI"]
     found.problems += checks.settled(lambda: checks.running_in_prefect(status["prefect"]["api_url"]))
     found.problems += checks.settled(lambda: checks.left_in_ray(status["ray"]))
-    found.problems += checks.settled(lambda: left_processes(site, name))
+    found.problems += checks.settled(lambda: left_processes(site, str(site.folder / f"{name}.yaml")))
 
 
-def left_processes(site: Site, name: str) -> list[str]:
+def left_processes(site: Site, spec: str) -> list[str]:
     """Processes of the round's commands that live, and are none of the stack's."""
     from infra import processes, stack_file
 
@@ -306,7 +306,7 @@ def left_processes(site: Site, name: str) -> list[str]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid not in ours and process.environ().get(ROUND) == name and process.status() != psutil.STATUS_ZOMBIE:
+            if process.pid not in ours and process.environ().get(ROUND) == spec and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(f"process {process.pid} is left: {called(process)[:80]}")
         except psutil.Error:
             continue
