@@ -116,7 +116,7 @@ class Site:
             "search": {
                 "unfreeze_depth": [0, 1], "lr": [1e-2, 1e-3], "max_epochs": 3, "batch_size": 16, "scheduler": scheduler, "seed": self.seed,
             },
-            "fit": {"num_workers": 2, "max_epochs": 3, "patience": 3, "batch_size_per_worker": 16},
+            "fit": {"num_workers": 2, "max_epochs": 2, "patience": 2, "batch_size_per_worker": 16},
         }  # fmt: skip
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(content))
