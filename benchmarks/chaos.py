@@ -167,7 +167,7 @@ def _clock(seconds: int) -> Callable[[Site, Command, random.Random], bool]:
     return inject
 
 
-KILLED, FAILED, INTERRUPTED, MISTAKE = -signal.SIGKILL, 3, 130, 2
+KILLED, FAILED, INTERRUPTED = -signal.SIGKILL, 3, 130
 FAULTS = {
     "flow": Fault("the flow's process, which is Ray's driver, is killed", _flow, (KILLED,)),
     "ctrl-c": Fault("Ctrl-C", _ctrl_c, (INTERRUPTED,)),
@@ -184,11 +184,11 @@ FAULTS = {
     "s3-slow": Fault("100 answers of S3 come with 100 kB/s", _slow),
     "s3-truncated": Fault("20 answers of S3 break off", _truncated),
     "s3-lost": Fault("20 answers to writes are lost", _lost),
-    "disk-full": Fault("the scratch disk is full until the command ends", _full, (FAILED, MISTAKE)),
+    "disk-full": Fault("the scratch disk is full until the command ends", _full, (FAILED,)),
     "clock-forward": Fault("the command's clock jumps ten minutes ahead", _clock(JUMP_S), clock=True),
     "clock-back": Fault("the command's clock jumps ten minutes back", _clock(-JUMP_S), clock=True),
 }
-SMALL = ("flow", "fit-worker", "mlflow", "s3-503", "everything")
+SMALL = ("flow", "fit-worker", "s3-503", "everything", "s3-truncated")
 
 
 def deck(wanted: Sequence[str], seed: int) -> Iterator[str]:
@@ -250,7 +250,10 @@ def one_round(site: Site, number: int, name: str, scheduler: str, expected: Undi
     if found.exits[-1] != 0:
         found.problems.append(f"the same command again {_told(found.exits[-1])}: {command.lines[-500:]}")
         return found
-    _check(site, spec.stem, json.loads(command.out.read_text()), before, expected, found)
+    try:
+        _check(site, spec.stem, json.loads(command.out.read_text()), before, expected, found)
+    except Exception as error:  # the other rounds still count
+        found.problems.append(f"it could not be checked: {error!r}"[:500])
     return found
 
 
@@ -275,7 +278,7 @@ def _told(code: int | None) -> str:
 
 def _check(site: Site, name: str, answer: dict[str, Any], before: checks.Finished, expected: Undisturbed, found: Round) -> None:
     """Note in `found` whatever is not as it should be."""
-    from infra import local_stack
+    from infra import local_stack, tracking
 
     root = site.on_s3(name)
     wanted = {"promoted"} | ({"skipped"} if len(found.exits) > 1 else set())  # it was killed after its last write
@@ -288,15 +291,16 @@ def _check(site: Site, name: str, answer: dict[str, Any], before: checks.Finishe
     site.clean()
     status = local_stack.status()
     os.environ["MLFLOW_TRACKING_URI"] = status["mlflow"]["uri"]
+    tracking.client.cache_clear()  # a server that was started again may be elsewhere
     found.problems += checks.one_promotion(name, f"s3://{BUCKET}/{name}")
     found.problems += checks.running_in_mlflow(name)
     del os.environ["MLFLOW_TRACKING_URI"]
     found.problems += checks.settled(lambda: checks.running_in_prefect(status["prefect"]["api_url"]))
     found.problems += checks.settled(lambda: checks.left_in_ray(status["ray"]))
-    found.problems += checks.settled(lambda: left_processes(site, name))
+    found.problems += checks.settled(lambda: left_processes(site, str(site.folder / f"{name}.yaml")))
 
 
-def left_processes(site: Site, name: str) -> list[str]:
+def left_processes(site: Site, spec: str) -> list[str]:
     """Processes of the round's commands that live, and are none of the stack's."""
     from infra import processes, stack_file
 
@@ -306,7 +310,7 @@ def left_processes(site: Site, name: str) -> list[str]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid not in ours and process.environ().get(ROUND) == name and process.status() != psutil.STATUS_ZOMBIE:
+            if process.pid not in ours and process.environ().get(ROUND) == spec and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(f"process {process.pid} is left: {called(process)[:80]}")
         except psutil.Error:
             continue

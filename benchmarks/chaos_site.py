@@ -107,6 +107,7 @@ class Site:
         self.env = {**os.environ, "AWS_ENDPOINT_URL": self.proxy.endpoint}
         os.environ["AWS_ENDPOINT_URL"] = self.s3.endpoint
         self.timers: list[threading.Timer] = []
+        self.commands: list[Command] = []
 
     def spec(self, name: str, scheduler: str) -> Path:
         content = {
@@ -115,7 +116,7 @@ class Site:
             "search": {
                 "unfreeze_depth": [0, 1], "lr": [1e-2, 1e-3], "max_epochs": 3, "batch_size": 16, "scheduler": scheduler, "seed": self.seed,
             },
-            "fit": {"num_workers": 2, "max_epochs": 3, "patience": 3, "batch_size_per_worker": 16},
+            "fit": {"num_workers": 2, "max_epochs": 2, "patience": 2, "batch_size_per_worker": 16},
         }  # fmt: skip
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(content))
@@ -125,9 +126,10 @@ class Site:
         """The whole job."""
         out, log = spec.with_suffix(f".{attempt}.json"), spec.with_suffix(f".{attempt}.log")
         with out.open("wb") as stdout, log.open("wb") as stderr:
-            environment = {**self.env, ROUND: spec.stem, **(env or {})}
+            environment = {**self.env, ROUND: str(spec), **(env or {})}
             process = subprocess.Popen([UNFREEZE, "retrain", str(spec), "--json"], env=environment, stdout=stdout, stderr=stderr)
-        return Command(process, out, log)
+        self.commands.append(Command(process, out, log))
+        return self.commands[-1]
 
     def on_s3(self, name: str) -> Path:
         """Where S3 keeps the files of one round's storage."""
@@ -189,6 +191,9 @@ def site(folder: Path, seed: int) -> Iterator[Site]:
             yield made
         finally:
             made.heal()
+            for command in made.commands:  # what still runs would keep the stack
+                command.process.kill()
+                command.process.wait()
             subprocess.run([UNFREEZE, "down"], env=made.env, check=False, capture_output=True)
             made.proxy.refuse()
             made.s3.kill()

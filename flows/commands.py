@@ -26,6 +26,7 @@ from tasks.outcome import promotion_answer
 from tasks.ray_work import in_this_process
 from tasks.warming import await_warm_workers, leave_warm, warm_up
 
+LOGS_S = 10.0
 log = logging.getLogger(__name__)
 
 
@@ -196,6 +197,8 @@ def check_source(spec: Spec) -> None:
 def services(storage: str, command: str) -> Iterator[None]:
     """All four services, a log, and one connection to Ray for all steps, unless they go to a cluster as jobs. `command`: for people."""
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # our own progress speaks; Prefect's lines go to its server
+    os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "3")  # of each request, 14 s; its five would be minutes at the end of a flow
+    os.environ.setdefault("PREFECT_INTERNAL_LOGGING_LEVEL", "CRITICAL")  # while its server is away, kilobytes for each task
     with ExitStack() as exits:
         exits.enter_context(redirect_stdout(sys.stderr))  # Ray tells there of a worker that died; stdout is for the answer alone
         exits.enter_context(logs.to_file(settings.home_dir() / "logs" / f"command-{os.getpid()}.jsonl"))
@@ -241,7 +244,8 @@ def _leave_warm(stack: Stack) -> None:
 
 
 def _send_logs() -> None:
-    """Let Prefect's server have the last log lines while it still runs."""
+    """Let Prefect's server have the last log lines while it still runs; one that is away is not waited for once more."""
     from prefect.logging.handlers import APILogHandler
 
-    asyncio.run(APILogHandler.aflush())
+    with suppress(TimeoutError):
+        asyncio.run(asyncio.wait_for(APILogHandler.aflush(), LOGS_S))

@@ -11,6 +11,11 @@ Anything else that escapes is our own bug (exit code 1).
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UnfreezeError(Exception):
     """What happened (with the value), and what to do about it."""
@@ -44,3 +49,25 @@ class ServiceError(UnfreezeError):
     """A service could not be reached, refused, or gave up after retries."""
 
     exit_code = 3
+
+
+@contextmanager
+def room_on_disk() -> Iterator[None]:
+    """Turn the error of a full disk, here or told by a worker, into one that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not _is_full(error):
+            raise
+        raise ServiceError(
+            f"A disk is full: {(str(error).splitlines() or [''])[-1]}",
+            "Make room where UNFREEZE_CACHE_DIR, UNFREEZE_HOME and the folder for temporary files lie; the same command carries on.",
+        ) from error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """A worker's error arrives as text within another."""
+    if error is None:
+        return False
+    known = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)]
+    return any(words in str(error) for words in known) or _is_full(error.__cause__ or error.__context__)

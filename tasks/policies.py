@@ -17,7 +17,7 @@ from prefect.results import ResultStore
 from prefect.serializers import JSONSerializer
 
 from infra.committed_folder import MANIFEST
-from infra.errors import UserError
+from infra.errors import UserError, room_on_disk
 from infra.object_store import join_uri, object_store
 from ray_jobs.spec import Spec, digest_of
 from tasks import accounts
@@ -60,7 +60,7 @@ def step(*, name: str, key: Callable[..., Any], timeout_s: float) -> Callable[[S
             "cache_key_fn": _key_of(name, key),
             "on_completion": [_note_if_kept],
         }
-        return cast(Step, task(**policy)(_accounted(name, function, tells=True)))
+        return cast(Step, task(**policy)(_accounted(name, room_on_disk()(function), tells=True)))
 
     return decorate
 
@@ -73,7 +73,7 @@ def effect(*, name: str, timeout_s: float, tells: bool = False) -> Callable[[Ste
 
     def decorate(function: Step) -> Step:
         policy = _policy(name, timeout_s) | {"persist_result": False, "cache_policy": NO_CACHE}
-        return cast(Step, task(**policy)(_accounted(name, function, tells=tells)))
+        return cast(Step, task(**policy)(_accounted(name, room_on_disk()(function), tells=tells)))
 
     return decorate
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import httpx
 import pytest
 from prefect.exceptions import PrefectException
 
+from flows import commands
 from infra.errors import ServiceError, UserError
 from tasks.deployments import prefect_errors
 
@@ -19,3 +22,12 @@ def test_a_prefect_that_fails_is_a_failed_service(error: Exception) -> None:
 def test_other_errors_pass() -> None:
     with pytest.raises(UserError), prefect_errors():
         raise UserError("yours", "mend it")
+
+
+def test_the_last_log_lines_are_not_waited_for_where_prefect_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("prefect.logging.handlers.APILogHandler.aflush", never)
+    monkeypatch.setattr(commands, "LOGS_S", 0.01)
+    commands._send_logs()
