@@ -27,7 +27,7 @@ from tests.fit_worlds import FitWorld, make_world
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # Ray's own warnings are not ours to mend
 
 PATIENCE_S = 300
-EPOCHS = 60
+EPOCHS = 40
 
 
 class Machines:

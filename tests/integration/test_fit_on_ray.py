@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,6 +22,7 @@ from infra.errors import UserError
 from infra.object_store import S3ObjectStore, object_store
 from ray_jobs import backbone, checkpoint
 from ray_jobs.evaluate_on_ray import evaluate
+from ray_jobs.fit import Rank, train
 from ray_jobs.fit_on_ray import run_fit
 from ray_jobs.spec import Spec
 from ray_jobs.watch import Watch
@@ -117,6 +120,19 @@ def test_a_fit_whose_worker_is_killed_equals_an_undisturbed_one(world: FitWorld,
     assert killed
     assert without_times(again) == without_times(undisturbed)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_at(again["fit_model_uri"]).items())
+
+
+def test_one_worker_in_the_place_of_two_trains_the_same_model_but_for_rounding(
+    world: FitWorld, store: S3ObjectStore, tmp_path: Path
+) -> None:
+    two, plan = fitted(world, world.spec), world.plan(fit_uri="s3://unfreeze/fits/one-for-two")
+    train(plan, Rank(0, 1, torch.device("cpu")), store=store, cache=tmp_path)
+    one = json.loads(store.read(f"{plan.fit_uri}/result.json"))
+    assert [row["train_loss"] for row in one["curve"]] == pytest.approx([row["train_loss"] for row in two["curve"]], rel=1e-3)
+    assert [row["val_loss"] for row in one["curve"]] == pytest.approx([row["val_loss"] for row in two["curve"]], rel=1e-3)
+    other = weights_at(one["fit_model_uri"])
+    for name, tensor in weights_at(two["fit_model_uri"]).items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-2, atol=1e-3, msg=name)
 
 
 def test_more_workers_than_the_cluster_has_are_refused_by_name(world: FitWorld) -> None:
