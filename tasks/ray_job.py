@@ -39,7 +39,7 @@ PACKAGES = ("ray_jobs", "infra")
 """The code that goes with a job. The rest of the environment, Python and its packages, is the cluster's."""
 FRESH_S = 3600.0
 """How long an outcome that nobody has read may be taken for the answer: the world changes, and to ask again is cheap."""
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 2.0
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 1.0
 STOP_LOOKS = 60
 PATIENCE_S = 60.0
 """How long the job server may be silent before the step fails; its job goes on meanwhile."""

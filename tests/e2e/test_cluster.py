@@ -57,7 +57,7 @@ def test_the_whole_job_runs_with_its_fit_on_two_hosts(bed: Bed, undisturbed: dic
 
 
 def test_ctrl_c_stops_a_job_and_a_killed_command_leaves_it_to_the_next(bed: Bed, site: Site, undisturbed: dict[str, Any]) -> None:
-    """The same command four times, by the address of the job server: interrupted and killed in its search, killed in its fit, left alone."""
+    """The same command four times, by the job server's address: interrupted, then killed in its search, killed in its fit, left alone."""
     before = bed.jobs()
 
     def attempts(kind: str) -> list[str]:
@@ -95,7 +95,10 @@ def test_hosts_lost_amid_the_fit_cost_no_result(bed: Bed, site: Site, undisturbe
     bed.hosts["two"].power_off()
     bed.add_node("four")
     command.until(lambda: bed.hosts["four"].runs(RANK))
-    assert _result(command.answer()) == _result(undisturbed)
+    found, expected = _result(command.answer()), _result(undisturbed)
+    assert found["found"] == expected["found"]
+    # a fit on fewer workers sees the same images in the same steps, and adds floats up in another order
+    assert found["accuracies"] == pytest.approx(expected["accuracies"], abs=0.1)
 
 
 class Command:
@@ -170,9 +173,6 @@ def _result(answer: dict[str, Any]) -> dict[str, Any]:
     """What must not depend on what happened on the way."""
     best, fit = answer["search"]["best"], answer["fit"]
     return {
-        "status": answer["status"],
-        "dataset": answer["dataset"]["version"],
-        "best": [best["unfreeze_depth"], best["lr"], best["accuracy"]],
-        "fit": [fit["epochs"], fit["accuracy"]],
-        "evaluation": answer["evaluation"]["challenger"]["accuracy"],
+        "found": [answer["status"], answer["dataset"]["version"], best["unfreeze_depth"], best["lr"], best["accuracy"], fit["epochs"]],
+        "accuracies": [fit["accuracy"], answer["evaluation"]["challenger"]["accuracy"]],
     }
