@@ -238,6 +238,8 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments is None:
         atexit.register(_leave, code)  # the first to be registered is the last to be called
     code[0] = _run(arguments)
+    if arguments is None and code[0]:
+        _leave(code)  # at its end Prefect's client would go on trying, for minutes, to tell a server that may be away
     sys.exit(code[0])
 
 

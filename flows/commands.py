@@ -244,8 +244,14 @@ def _leave_warm(stack: Stack) -> None:
 
 
 def _send_logs() -> None:
-    """Let Prefect's server have the last log lines while it still runs; one that is away is not waited for once more."""
+    """Let Prefect's server have the last log lines and events while it still runs; one that is away is not waited for once more."""
+    with suppress(TimeoutError):
+        asyncio.run(asyncio.wait_for(_sent(), LOGS_S))
+
+
+async def _sent() -> None:
+    from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogHandler
 
-    with suppress(TimeoutError):
-        asyncio.run(asyncio.wait_for(APILogHandler.aflush(), LOGS_S))
+    await APILogHandler.aflush()
+    await EventsWorker.drain_all()  # type: ignore[misc]  # within a loop it is awaitable
