@@ -140,7 +140,7 @@ def test_nothing_is_appended_to_an_altered_entry(world: World) -> None:
 
 
 @everywhere
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_altered_byte_is_found_wherever_the_entry_is_kept(world: World, data: st.DataObject) -> None:
     written = world.open().kept(MODEL).entries or write(world, 3)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.committed_folder import MANIFEST, Manifest, Problem, commit, fetch, read_manifest, verify
@@ -22,7 +22,6 @@ class KilledError(Exception):
     """Stands for the process that dies."""
 
 
-@settings(deadline=None)
 @given(dies_at=st.integers(0, 3))
 def test_a_crash_at_any_write_leaves_no_committed_folder_and_the_next_commit_completes_it(dies_at: int) -> None:
     store = MemoryObjectStore()

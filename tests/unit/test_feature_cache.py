@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.committed_folder import MANIFEST, verify
@@ -132,7 +132,6 @@ def test_a_crash_at_any_write_leaves_no_batch_and_no_selection_that_looks_finish
         assert open_features(uri, store, tmp_path / str(crash_at)).val == 2
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_no_flipped_bit_on_s3_is_ever_read(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Each either does no harm (white space of a manifest), or is found by name, and computing that batch again mends it."""
@@ -176,7 +175,6 @@ def test_a_missing_shard_is_damage_too(tmp_path: Path) -> None:
         open_features(uri, store, tmp_path)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_no_flipped_bit_of_the_local_copy_is_ever_read(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     store, folder = MemoryObjectStore(), tmp_path_factory.mktemp("cache")
@@ -263,7 +261,6 @@ def test_sixteen_bit_storage_halves_the_floats_leaves_pixels_and_rounds_as_torch
     np.testing.assert_array_equal(pixels.numpy(), WHOLE[1])
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(width=32, allow_subnormal=True), min_size=1))
 def test_bfloat16_is_rounded_to_the_bit_as_torch_does(numbers: list[float]) -> None:
     values = np.array(numbers, np.float32)

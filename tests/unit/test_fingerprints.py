@@ -107,7 +107,7 @@ def test_pictures_of_another_shape_or_without_contrast_are_near_to_nothing() -> 
     assert not len(near_duplicates(flat, flat).mine_P)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.permutations(range(12)), st.permutations(range(12)))
 def test_the_order_of_the_pictures_does_not_matter(mine: list[int], others: list[int]) -> None:
     originals, copies = [photo(seed, 32) for seed in range(12)], [jpeg(photo(seed, 32), 50) for seed in range(12)]
@@ -115,7 +115,7 @@ def test_the_order_of_the_pictures_does_not_matter(mine: list[int], others: list
     assert {(mine[a], others[b]) for a, b in zip(pairs.mine_P, pairs.other_P, strict=True)} == {(n, n) for n in range(12)}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 99), st.integers(0, 99))
 def test_the_distance_is_symmetric_and_none_to_itself(a: int, b: int) -> None:
     one, other = pictures([photo(a, 32)]).fingerprints_NB, pictures([photo(b, 32)]).fingerprints_NB

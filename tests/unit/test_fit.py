@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load as from_safetensors
 
@@ -366,7 +366,6 @@ def test_a_result_that_cannot_be_written_fails_the_fit(tmp_path: Path, refused: 
     assert not any(uri.endswith("result.json") for uri in store.objects)
 
 
-@settings(deadline=None)
 @given(st.permutations(["a", "b", "c"]))
 def test_a_model_with_other_labels_is_compared_by_name(labels: list[str]) -> None:
     given_NC = np.array([[0.5, 0.3, 0.2]])

@@ -297,7 +297,7 @@ def reordered(given: Evidence, images: npt.NDArray[np.int64], classes: npt.NDArr
     return Evidence(names, true_N, challenger, of(given.champion), of(given.probe), slices)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(evidence(), st.sampled_from(METRICS), st.randoms(use_true_random=False))
 def test_the_order_of_images_and_classes_changes_nothing(given: Evidence, metric: Any, random: Any) -> None:
     rng = np.random.default_rng(random.getrandbits(32))
@@ -306,14 +306,14 @@ def test_the_order_of_images_and_classes_changes_nothing(given: Evidence, metric
     assert judge(other, asked, seed=3) == judge(given, asked, seed=3)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(evidence(), st.sampled_from(METRICS), st.integers(0, 2**32 - 1))
 def test_one_seed_gives_one_judgement(given: Evidence, metric: Any, seed: int) -> None:
     asked = PromotionSpec(metric=metric)
     assert judge(given, asked, seed=seed) == judge(given, asked, seed=seed)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(evidence(), st.sets(st.integers(0, 59)), st.floats(-0.3, 0.3))
 def test_a_challenger_that_answers_more_images_rightly_never_gets_a_worse_verdict(given: Evidence, mended: set[int], gain: float) -> None:
     """On answers; how sure a model may be of them is another matter: right more often at the same confidence may be calibrated worse."""
@@ -325,7 +325,7 @@ def test_a_challenger_that_answers_more_images_rightly_never_gets_a_worse_verdic
     assert set(refused(after)) <= set(refused(before))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(evidence(), st.sampled_from(METRICS))
 def test_it_is_promoted_exactly_where_no_rule_refuses_and_every_refusal_is_in_the_reason(given: Evidence, metric: Any) -> None:
     found = judge(given, PromotionSpec(metric=metric))

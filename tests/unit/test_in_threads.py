@@ -5,14 +5,13 @@ from __future__ import annotations
 import threading
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from infra import patience
 from infra.in_threads import in_threads
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(), max_size=20), st.integers(1, 5))
 def test_what_is_made_comes_in_the_order_of_the_items(items: list[int], threads: int) -> None:
     assert list(in_threads(lambda item: item * 2, items, threads)) == [item * 2 for item in items]

@@ -100,7 +100,7 @@ def store(s3_server: dict[str, str]) -> S3ObjectStore:
     return found
 
 
-@hypothesis.settings(deadline=None, max_examples=25)  # each speaks to a server
+@hypothesis.settings(max_examples=25)  # each speaks to a server
 @given(st.dictionaries(st.text(), JSON), st.lists(st.text()))
 def test_what_a_job_is_asked_and_answers_arrives_as_it_was(store: S3ObjectStore, values: dict[str, object], lines: list[str]) -> None:
     objects = JobObjects(store, "s3://unfreeze/jobs/one")

@@ -65,7 +65,7 @@ def test_no_images_are_the_users_mistake() -> None:
         measure(np.zeros((0, 3)), np.zeros(0, np.int64), CLASSES)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 12), st.integers(2, 5), st.randoms(use_true_random=False))
 def test_every_metric_is_a_finite_fraction_that_json_can_hold(images: int, classes: int, random: object) -> None:
     rng = np.random.default_rng(random.getrandbits(32))  # type: ignore[attr-defined]

@@ -23,7 +23,6 @@ def test_a_published_example_comes_out_as_published() -> None:
     assert tests.highest_gain(1, 7, 21, 0.975) == pytest.approx(-0.026, abs=5e-4)
 
 
-@settings(deadline=None)
 @given(counts, counts)
 def test_the_exact_chance_is_that_of_a_coin(wins: int, losses: int) -> None:
     expected = binomtest(wins, wins + losses, 0.5, alternative="greater").pvalue if wins + losses else 1.0
@@ -40,7 +39,6 @@ def test_a_win_more_or_a_loss_less_never_looks_worse() -> None:
         assert (np.diff(rises, axis=1) <= 1e-9).all()
 
 
-@settings(deadline=None)
 @given(counts, counts, st.integers(0, 1000), st.floats(0.5, 0.999))
 def test_the_bounds_enclose_the_gain_within_what_is_possible(wins: int, losses: int, others: int, confidence: float) -> None:
     images = wins + losses + others
@@ -82,7 +80,7 @@ def pairs(draw: st.DrawFn, metric: Metric = "macro_f1") -> Pair:
     return Pair(metric, rng.integers(0, classes, images), *(rng.integers(-1, classes, images) for _ in range(2)), classes)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(pairs(), st.sampled_from(["balanced_accuracy", "macro_f1"]))
 def test_the_metrics_are_those_of_the_evaluation(pair: Pair, metric: Metric) -> None:
     names = [str(k) for k in range(pair.classes)]
@@ -91,7 +89,7 @@ def test_the_metrics_are_those_of_the_evaluation(pair: Pair, metric: Metric) -> 
     assert Pair(metric, pair.true_N, pair.mine_N, pair.theirs_N, pair.classes).scores()[0] == pytest.approx(expected)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(pairs())
 def test_swaps_are_as_often_above_zero_as_below(pair: Pair) -> None:
     luck_B = pair.swapped(0)

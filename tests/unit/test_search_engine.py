@@ -108,7 +108,7 @@ SPECS = {
 
 
 @pytest.mark.parametrize("name", SPECS)
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), lanes=st.integers(1, 3), deaths=st.integers(0, 4))
 def test_the_outcome_depends_on_neither_timing_nor_lanes_nor_deaths(name: str, seed: int, lanes: int, deaths: int) -> None:
     search = SearchSpec.model_validate({"unfreeze_depth": (0, 1, 2, 3, 4), "max_epochs": MAX_EPOCHS, **SPECS[name]})
