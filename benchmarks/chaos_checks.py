@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 MANIFEST = "MANIFEST.json"
 TIMES = ("seconds", "started_at", "at")
-OWN = ("uri", "leaderboard_uri", "checkpoint_uri", "run_id", "evidence_uri")
+OWN = ("uri", "leaderboard_uri", "checkpoint_uri", "run_id", "evidence_uri", "used", "metrics")
 """What tells a round's own place or moment, not what was found."""
 IN_RAY = {"actors": "class_name", "placement_groups": "placement_group_id", "tasks": "name"}
 OVER = ("DEAD", "REMOVED", "FINISHED", "FAILED", "NIL")
