@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 import urllib.error
@@ -15,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+import psutil
 
 from infra import ray_cluster
 from infra.errors import ServiceError, UserError
@@ -149,18 +152,27 @@ def _host(address: str) -> str:
 
 
 def _asked(address: str) -> str:
-    """The job server of a cluster HOST:PORT. Raises ServiceError where it listens on that host's loopback only."""
+    """The job server of a cluster HOST:PORT. Raises ServiceError where it listens on the loopback of another machine only."""
     ray_cluster.require_answer(address)
     with _translated(address), _named_by_ray(None):
         from ray.dashboard.utils import ray_address_to_api_server_url
 
         found = str(ray_address_to_api_server_url(address))
-    if (urlsplit(found).hostname or "") in LOOPBACK:
+    if (urlsplit(found).hostname or "") in LOOPBACK and not _is_of_this_machine(_host(address)):
         raise ServiceError(
             f"The Ray cluster at {address} answers, but its job server listens on its own loopback only ({found}).",
-            "Start the head with `ray start --head --dashboard-host=0.0.0.0`, or, on the head itself, set RAY_ADDRESS to that address.",
+            "Start the head with `ray start --head --dashboard-host=0.0.0.0`.",
         )
     return found
+
+
+def _is_of_this_machine(host: str) -> bool:
+    """Whether a name or an address is one of this machine's own."""
+    own = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
+    try:
+        return any(str(found[4][0]) in own for found in socket.getaddrinfo(host, None))
+    except OSError:
+        return False
 
 
 def _require_answer(address: str) -> None:

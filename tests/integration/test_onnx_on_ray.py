@@ -89,7 +89,8 @@ def test_a_model_that_onnx_cannot_hold_is_published_without_the_file_and_why_is_
 
     from tasks.publishing import publish, start_onnx_export
 
-    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    port = ray.get_runtime_context().gcs_address.rpartition(":")[2]
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")  # by another address it would be asked for its job server
     dataset, _ = prepared
     spec, uri, fit = spec_of(machine), f"{STORAGE}/models/{name}/1", {"model_uri": _model(dataset, 3, name, side)}
     evaluation = {"evaluation": {}, "holdout": {"version": dataset["version"]}}

@@ -42,6 +42,12 @@ def test_a_job_server_or_a_cluster_elsewhere_gets_jobs(address: str, monkeypatch
     assert job_server.named() == address
 
 
+def test_the_loopback_of_this_machine_is_told_from_that_of_another() -> None:
+    assert job_server._is_of_this_machine("127.0.0.1")
+    assert not job_server._is_of_this_machine("198.51.100.7")
+    assert not job_server._is_of_this_machine("no.such.host.invalid")
+
+
 def test_rays_own_variable_for_the_job_server_goes_first_and_makes_ray_the_teams_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(job_server.JOB_SERVER, "http://head:8265/")
     assert job_server.named() == "http://head:8265"
