@@ -187,8 +187,12 @@ def test_a_wrong_token_is_a_failed_service(dashboard: str, monkeypatch: pytest.M
         JobServer(dashboard)
 
 
-def test_a_cluster_tells_where_its_job_server_is(dashboard: str) -> None:
-    with pytest.raises(ServiceError, match="listens on its own loopback only"):  # as this one must
+def test_a_cluster_tells_where_its_job_server_is_and_on_its_head_the_loopback_will_do(
+    dashboard: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert JobServer(os.environ["RAY_ADDRESS"]).address == dashboard
+    monkeypatch.setattr(job_server, "_is_of_this_machine", lambda host: False)
+    with pytest.raises(ServiceError, match="listens on its own loopback only"):
         JobServer(os.environ["RAY_ADDRESS"])
 
 
