@@ -37,7 +37,7 @@ def model(name: str) -> Iterator[Finding]:
         )
         return
     book = open_book(name)
-    yield Finding(what, "ok", f"the ledger has {len(book.entries)} entries and verifies")
+    yield Finding(what, "ok", f"the ledger verifies; entries: {len(book.entries)}")
     yield _alias(book)
     if book.champion:
         yield _champion(book, book.champion)
