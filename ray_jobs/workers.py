@@ -21,6 +21,7 @@ import ray
 from ray.util import list_named_actors
 
 from infra import usage
+from infra.object_store import object_store
 from infra.ray_cluster import runtime_environment
 from infra.usage import Usage
 from ray_jobs.light_timm import import_timm
@@ -146,7 +147,7 @@ def take_usage() -> None:
 
 
 def load(_after: object) -> None:
-    """Load torch, timm and our own modules, once the argument is there; a lane that an earlier command left has them."""
+    """Load torch, timm, boto3 and our own modules, once the argument is there; a lane that an earlier command left has them."""
     _load_once()
 
 
@@ -159,5 +160,6 @@ def _load_once() -> None:
     from ray_jobs import backbone, cuts, dataset, feature_cache, features, trial  # noqa: F401
 
     torch.set_num_threads(1)
+    object_store()  # boto3, and its model of S3, take most of a second
     gc.freeze()
     gc.enable()
