@@ -118,7 +118,9 @@ def server_environment(service: ServiceName, site: Site, s3: dict[str, str | Non
         return _changed(environment, s3) | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     if service == "prefect":
         return environment | _prefect_environment(site)
-    return _changed(environment, ray_environment(site)) | {"RAY_enable_metrics_collection": "0"}
+    # it would start a worker a core, too, without the environment that all of ours have, so that nobody uses them
+    own = {"RAY_enable_metrics_collection": "0", "RAY_prestart_worker_first_driver": "0"}
+    return _changed(environment, ray_environment(site)) | own
 
 
 def no_proxy() -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.experimental import internal_kv
 from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -26,6 +29,7 @@ from ray_jobs.search_engine import SearchEngine
 from ray_jobs.search_space import TrialConfig
 from ray_jobs.trial_epoch import run_ahead, trial_epoch
 
+MEETING_S = 3.0
 MAX_WORKER_DEATHS = 2
 """A trial whose worker died starts again this many times; an eviction or a kill then changes nothing in the outcome."""
 
@@ -45,6 +49,7 @@ class SearchTrial(tune.Trainable):
         logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns of a slow start, with advice already taken
         self.shared = shared
         self.reset_config(config)
+        self.met = False
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.point, self.key, self.epoch = TrialConfig(**new_config["point"]), str(new_config["index"]), 0
@@ -53,6 +58,8 @@ class SearchTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """One epoch."""
+        if not self.met:
+            self._meet()
         self.epoch += 1
         name = self.point.backbone
         head = ray.get(self.shared["heads"][name]) if self.point.unfreeze_depth and self.epoch == 1 else None
@@ -62,6 +69,18 @@ class SearchTrial(tune.Trainable):
             return result
         result, used = usage.metered(trial_epoch, {}, *arguments)  # this process fetches features and backbone itself
         return {**result, "used": asdict(used)}
+
+    def _meet(self) -> None:
+        """Before their first epochs the first actors wait for each other, but not for long, as there may be room for fewer of them.
+
+        Tune gives an actor that is free to a trial whose own is still starting, and gives that one up: where trials are shorter than
+        the start of a process, one actor would do them all, and the others would be started and killed for ever.
+        """
+        self.met = True
+        meeting, until = self.shared["meeting"], time.monotonic() + MEETING_S
+        internal_kv._internal_kv_put(f"{meeting}{self.key}", b"here")
+        while len(internal_kv._internal_kv_list(meeting)) < self.shared["actors"] and time.monotonic() < until:
+            time.sleep(0.01)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: a search's result is its record."""
@@ -99,12 +118,14 @@ class Proposals(_StaysHere, Searcher):
         self.ahead: list[dict[str, Any]] = []
 
     def start_ahead(self, shared: Mapping[str, Any]) -> None:
-        """Let each lane train the first epoch of its first trial while Tune starts its actors, which takes seconds."""
+        """Take each lane's first trial, and let it train the first epoch of it while Tune starts its actors, which takes seconds."""
         while isinstance(first := self._next(), dict):
+            self.ahead.append(first)
+            if not shared["lanes"]:
+                continue
             point = TrialConfig(**first["point"])
             head = shared["heads"][point.backbone] if point.unfreeze_depth else None
             shared["lanes"][first["lane"]].run.remote(run_ahead, shared["works"][point.backbone], point, head, str(first["index"]))
-            self.ahead.append(first)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         return self.ahead.pop(0) if self.ahead else self._next()
@@ -138,6 +159,13 @@ class Scheduler(_StaysHere, FIFOScheduler):
         super().__init__()  # type: ignore[no-untyped-call]
         self.engine, self.lanes, self.on_progress, self.expected = engine, lanes, on_progress, expected
         self.deaths: Counter[int] = Counter()
+        self.started = False
+
+    def on_trial_add(self, controller: Any, trial: Any) -> None:
+        """Let Tune keep every actor between two trials: by itself it keeps one, and ends the others where a depth of the ladder ends."""
+        if not self.started:
+            controller._actor_cache.increase_max(trial.placement_group_factory, len(self.lanes.left) + len(self.lanes.taken))
+        self.started = True
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         index = trial.config["index"]
@@ -204,10 +232,10 @@ def drive_tune(
     proposals = Proposals(engine, free)
     _keep_keys_apart()
     with _quiet(lanes), tempfile.TemporaryDirectory(prefix="unfreeze-tune-") as scratch:
-        if shared["lanes"]:
-            proposals.start_ahead(shared)
+        proposals.start_ahead(shared)
+        given = {**shared, "meeting": f"unfreeze-meeting-{uuid.uuid4().hex}-", "actors": len(proposals.ahead)}
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(SearchTrial, shared=shared), dict(slot)),
+            tune.with_resources(tune.with_parameters(SearchTrial, shared=given), dict(slot)),
             tune_config=tune.TuneConfig(
                 metric="val_accuracy", mode="max", search_alg=proposals, scheduler=Scheduler(engine, free, on_progress, expected),
                 reuse_actors=True, num_samples=-1, trial_dirname_creator=lambda trial: trial.trial_id,
@@ -217,7 +245,10 @@ def drive_tune(
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             ),
         )  # fmt: skip
-        tuner.fit()
+        try:
+            tuner.fit()
+        finally:
+            internal_kv._internal_kv_del(given["meeting"], del_by_prefix=True)
 
 
 def _keep_keys_apart() -> None:

@@ -259,6 +259,17 @@ def test_the_ladder_climbs_only_where_depth_pays_and_says_why(machine: Path, pre
     assert {detail["unfreeze_depth"] for detail in result["trials_detail"]} < {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("scheduler", ["fifo", "ladder"])
+def test_short_trials_share_the_first_actors(machine: Path, prepared: Any, scheduler: str) -> None:
+    from ray._private import state
+
+    before = set(state.actors())
+    chosen: dict[str, Any] = {"lr": {"low": 1e-4, "high": 1e-1}, "num_trials": 24, "searcher": "random"}
+    result = run(machine, prepared, unfreeze_depth=[1, 2], max_epochs=1, scheduler=scheduler, seed=9, **chosen)
+    assert result["trials"] > 4
+    assert len(set(state.actors()) - before) == 2
+
+
 def test_a_budget_ends_the_search_with_what_it_has(machine: Path, prepared: Any) -> None:
     result = run(machine, prepared, max_epochs=500, unfreeze_depth=[0, 1], scheduler="fifo", budget_s=6.0, seed=7)
     assert result["seconds"] < 30
