@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 import typer
@@ -237,10 +239,16 @@ def main(arguments: list[str] | None = None) -> None:
     code = [1]
     if arguments is None:
         atexit.register(_leave, code)  # the first to be registered is the last to be called
+        signal.signal(signal.SIGTERM, _interrupt)
     code[0] = _run(arguments)
     if arguments is None and code[0]:
         _leave(code)  # at its end Prefect's client would go on trying, for minutes, to tell a server that may be away
     sys.exit(code[0])
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    """TERM, by which hosts and containers stop what runs on them, ends a command as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def _leave(code: list[int]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra import logs, worker_environment
+from infra import logs, ray_watch, worker_environment
 from infra.errors import ServiceError, UnfreezeError
 from infra.settings import cache_dir, home_dir, user
 
@@ -60,6 +60,8 @@ def connect() -> Iterator[Cluster]:
     import ray
 
     if ray.is_initialized():  # a caller further out holds the connection
+        if ray_watch.is_gone(address):
+            raise ray_watch.gone(address)
         yield _described(address)
         return
     require_answer(address)
@@ -89,7 +91,7 @@ def living() -> dict[str, dict[str, float]]:
     import ray
     from ray._private.state import state
 
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
     leaving = state.get_draining_nodes()
     return {node["NodeID"]: dict(node["Resources"]) for node in nodes if node["Alive"] and node["NodeID"] not in leaving}
 
@@ -109,7 +111,8 @@ def one_connection(then: Callable[[Cluster], None]) -> Iterator[None]:
     _Opening.thread = threading.Thread(target=contextvars.copy_context().run, args=(_open, then), name="connect to Ray", daemon=True)
     _Opening.thread.start()
     try:
-        yield
+        with ray_watch.watched(os.environ.get("RAY_ADDRESS", "")):
+            yield
     finally:
         _await_opening()
         _keeps_open.reset(token)
@@ -150,7 +153,7 @@ def runtime_environment(address: str) -> dict[str, Any]:
 def _described(address: str) -> Cluster:
     import ray
 
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
     return Cluster(address, float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0)))
 
 
@@ -159,7 +162,7 @@ def see_todays_variables() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or ray.init warns about a coming default
     from ray._private import ray_constants
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # a compiled module
 
     ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(LOOPBACK_ONLY, "1") != "0"
     Config.initialize("")
@@ -185,16 +188,16 @@ class _SilentError(Exception):
 
 
 def _ask(address: str) -> None:
-    import grpc  # type: ignore[import-untyped]
+    import grpc  # type: ignore[import-untyped]  # it has no stubs
     from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
     from ray._private.services import canonicalize_bootstrap_address
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
     metadata = [(name.lower(), value) for name, value in get_auth_headers_if_auth_enabled({}).items()]
     with grpc.insecure_channel(canonicalize_bootstrap_address(address), options=[("grpc.enable_http_proxy", 0)]) as channel:
-        stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)  # type: ignore[no-untyped-call]
+        stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)  # type: ignore[no-untyped-call]  # Ray leaves it untyped
         try:
-            question = gcs_service_pb2.GetClusterIdRequest()  # type: ignore[attr-defined]
+            question = gcs_service_pb2.GetClusterIdRequest()  # type: ignore[attr-defined]  # protobuf makes it when it is loaded
             stub.GetClusterId(question, timeout=ATTEMPT_TIMEOUT_S, metadata=metadata)
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNAUTHENTICATED:

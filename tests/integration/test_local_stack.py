@@ -60,6 +60,22 @@ with local_stack.session(["s3", "ray"], storage="s3://unfreeze") as stack:
         print(json.dumps(ray.get([lane.run.remote(os.getpid) for lane in lanes()])), flush=True)
         sys.stdin.read()
 """
+WAIT_FOR_RAY = """
+import sys
+from infra import local_stack, ray_cluster
+from infra.errors import ServiceError
+import ray
+@ray.remote(num_cpus=64)
+def never():
+    pass
+with local_stack.session(["s3", "ray"], storage="s3://unfreeze"):
+    try:
+        with ray_cluster.one_connection(lambda cluster: None), ray_cluster.connect():
+            print("connected", flush=True)
+            ray.get(never.remote())
+    except ServiceError as error:
+        print(error.what, flush=True)
+"""
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
@@ -144,12 +160,30 @@ def test_warm_workers_of_a_stack_that_stays_serve_one_command_after_another_but_
 def test_a_ray_whose_raylet_has_died_is_started_anew(home: Path) -> None:
     local_stack.up()
     first = stack_file.read(home).servers["ray"]
-    raylet = next(record for record in first.vital if psutil.Process(record.pid).name() == "raylet")
-    psutil.Process(raylet.pid).kill()
+    _of_ray(home, "raylet").kill()
     assert local_stack.status()["ray"]["state"] == "stopped"
     with local_stack.session(["ray"], storage="s3://unfreeze"), ray_cluster.connect() as cluster:
         assert cluster.cpus >= 1
     assert stack_file.read(home).servers["ray"].leader != first.leader
+
+
+def _of_ray(home: Path, called: str) -> psutil.Process:
+    """The one of Ray's processes with this name or title."""
+    family = psutil.Process(stack_file.read(home).servers["ray"].leader.pid).children(recursive=True)
+    return next(process for process in family if process.name() == called or process.cmdline()[:1] == [called])
+
+
+@pytest.mark.parametrize("victim", ["raylet", "ray::DashboardAgent"])
+def test_a_command_that_waits_for_a_ray_that_has_died_ends_with_its_name_and_in_order(home: Path, start: Start, victim: str) -> None:
+    child = start(WAIT_FOR_RAY)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "connected\n"
+    address = local_stack.status()["ray"]["address"]
+    _of_ray(home, victim).kill()
+    said, _ = child.communicate(timeout=60)
+    assert said.endswith(f"Ray at {address} is gone.\n")
+    assert child.returncode == 0
+    assert {found["state"] for found in local_stack.status().values()} == {"stopped"}
 
 
 def test_mlflow_keeps_artifacts_on_the_embedded_s3(standing: dict[str, Any]) -> None:

@@ -202,6 +202,23 @@ def test_a_zip_with_a_transformer_an_s3_prefix_with_a_convnext_and_a_manifest_al
     assert len({answer["dataset"]["version"] for answer in answers}) == 1
 
 
+def test_a_command_that_is_told_to_end_ends_its_servers_and_says_how_to_go_on(site: Site) -> None:
+    folder = site.folder / "alone"
+    folder.mkdir()
+    env, spec = {**site.env, "UNFREEZE_HOME": str(folder / "home")}, site.spec("told")
+    said = []
+    with subprocess.Popen([str(UNFREEZE), "search", str(spec)], env=env, stderr=subprocess.PIPE, text=True) as command:
+        assert command.stderr is not None
+        for line in command.stderr:
+            said.append(line)
+            if line.startswith("Searching") and line.endswith("...\n"):
+                command.send_signal(signal.SIGTERM)
+    assert command.returncode == 130, said
+    assert "carries on" in said[-1]
+    status = json.loads(subprocess.run([str(UNFREEZE), "status", "--json"], env=env, capture_output=True, check=True).stdout)
+    assert {service["state"] for service in status.values()} == {"stopped"}
+
+
 def test_a_job_killed_in_its_search_carries_on_and_leaves_nothing_running(site: Site) -> None:
     spec = site.spec("killed", search__max_epochs=3, search__lr=[1e-3, 3e-3, 1e-2])
     log = site.folder / "killed.log"
