@@ -24,6 +24,8 @@ class Outcome:
     """None: it failed."""
     is_mistake: bool = False
     """A UserError: the same again would end the same."""
+    had_no_room: bool = False
+    """The cluster was too full for its workers for so long that Ray gave up."""
     was_preempted: bool = False
     """Ray says that a machine was taken away which it had been told would be."""
     machines_gone: int = 0
@@ -55,6 +57,8 @@ def after(outcome: Outcome, failures: int) -> Decision:
         return Decision(again=True, is_failure=False, reason="a machine is about to be taken away")
     if outcome.is_mistake:
         return Decision(again=False, is_failure=True, reason="the same again would end the same")
+    if outcome.had_no_room:
+        return Decision(again=True, is_failure=False, reason="the cluster has no room for its workers yet")
     if outcome.was_preempted or (outcome.machines_gone and outcome.progressed):
         return Decision(again=True, is_failure=False, reason="a machine was taken away")
     what = "a machine is gone" if outcome.machines_gone else "a worker failed"

@@ -87,8 +87,9 @@ def _train(plan: Plan, begun: Demand, least: int, store: ObjectStore, watch: Wat
             end, error = _attempt(plan, demand, store, watch, is_watched=len(there) > 1)
         position = _position(store, plan)
         outcome = Outcome(
-            end=end, is_mistake=isinstance(_own_error(error), UserError), was_preempted=_was_preempted(error),
-            machines_gone=0 if end else _machines_gone(there, error, demand.count), progressed=position > started_at,
+            end=end, is_mistake=isinstance(_own_error(error), UserError), had_no_room=_had_no_room(error),
+            was_preempted=_was_preempted(error), machines_gone=0 if end else _machines_gone(there, error, demand.count),
+            progressed=position > started_at,
         )  # fmt: skip
         decision = after(outcome, failures)
         if end == DONE:
@@ -114,7 +115,7 @@ def _attempt(plan: Plan, demand: Demand, store: ObjectStore, watch: Watch, *, is
             failures.append(error)
 
     settings = {**TRAIN_SETTINGS, WATCHER: str(int(is_watched))}
-    with tempfile.TemporaryDirectory(prefix="unfreeze-ray-train-") as folder, _environment(settings):
+    with tempfile.TemporaryDirectory(prefix="unfreeze-ray-train-") as folder, _environment(settings), _no_places_left():
         thread = threading.Thread(target=fit, name="ray-train", daemon=True)
         thread.start()
         while thread.is_alive():
@@ -135,7 +136,8 @@ def _trainer(plan: Plan, demand: Demand, folder: str, is_watched: bool) -> Any:
         run_config=RunConfig(  # type: ignore[arg-type]  # V2's, which is what the trainer checks for
             name=plan.fit_id,
             storage_path=folder,
-            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),  # _train decides
+            # _train decides. Ray itself would try without end to start a group again whose first try still has the places
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -162,6 +164,28 @@ def _train_one_rank(config: dict[str, Any]) -> End:
             has_room=(lambda: broadcast_from_rank_zero(is_free())) if rank.world < plan.num_workers else never,
         )
         return train(plan, rank, store=object_store(), cache=cache_dir(), on_epoch=lambda row: ray.train.report(asdict(row)), asks=asks)
+
+
+@contextmanager
+def _no_places_left() -> Iterator[None]:
+    """Take back the places that the body's workers had. Ray Train keeps those of a group that failed to start until this process ends."""
+    from ray import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    before = _places()
+    yield
+    for place in _places() - before:
+        log.info("Ray Train left the placement group %s", place)
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(place))))
+
+
+def _places() -> set[str]:
+    """The placement groups of this process's Ray job, in hex; their last four bytes are the job."""
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    job = ray.get_runtime_context().get_job_id()
+    return {place for place, row in placement_group_table().items() if place.endswith(job) and row["state"] != "REMOVED"}
 
 
 @contextmanager
@@ -210,6 +234,12 @@ def _causes(error: BaseException | None) -> dict[int, BaseException]:
     """What each worker died of, by rank."""
     found: dict[int, BaseException] = getattr(error, "worker_failures", {})
     return {rank: getattr(cause, "health_check_failure", cause) for rank, cause in found.items()}
+
+
+def _had_no_room(error: BaseException | None) -> bool:
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    return isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
 
 
 def _was_preempted(error: BaseException | None) -> bool:

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ray.train.torch.config import TorchConfig, _TorchBackend
+from ray.util.placement_group import placement_group, remove_placement_group
 from safetensors.torch import load as from_safetensors
 
 from infra.committed_folder import commit, verify
 from infra.errors import UserError
 from infra.object_store import S3ObjectStore, object_store
-from ray_jobs import backbone, checkpoint
+from ray_jobs import backbone, checkpoint, fit_on_ray
 from ray_jobs.evaluate_on_ray import evaluate
 from ray_jobs.fit import Rank, train
 from ray_jobs.fit_on_ray import run_fit
@@ -120,6 +123,56 @@ def test_a_fit_whose_worker_is_killed_equals_an_undisturbed_one(world: FitWorld,
     assert killed
     assert without_times(again) == without_times(undisturbed)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_at(again["fit_model_uri"]).items())
+
+
+class DyingBackend(_TorchBackend):
+    """A worker dies while the group starts, once."""
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        if not backend_config.died.exists():
+            backend_config.died.touch()
+            worker_group.execute_single(1, os._exit, 1)
+        super().on_start(worker_group, backend_config)
+
+
+@dataclass
+class DyingConfig(TorchConfig):
+    died: Path = Path("died")
+
+    @property
+    def backend_cls(self) -> type[DyingBackend]:
+        return DyingBackend
+
+
+def test_a_worker_that_dies_while_its_group_starts_is_started_again(
+    world: FitWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray alone would try for ever: what had started of the group keeps the places that the next one waits for."""
+    make, died = fit_on_ray._trainer, tmp_path / "died"
+
+    def trainer(*args: Any) -> Any:
+        made = make(*args)
+        made.backend_config = DyingConfig(died=died)
+        return made
+
+    monkeypatch.setattr(fit_on_ray, "_trainer", trainer)
+    assert fitted(world, seeded(world, 2))["epochs"] == 3
+    assert died.exists()
+
+
+def test_a_fit_waits_for_a_full_cluster_and_says_so(world: FitWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "2")
+    taken = placement_group([{"CPU": 1}])
+    assert taken.wait(30)
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        remove_placement_group(taken)
+
+    result = run_fit(seeded(world, 3), world.dataset, world.backbone, world.search, Watch(lambda done, total: None, say))
+    assert result["epochs"] == 3
+    assert "The fit goes on after epoch 0: the cluster has no room for its workers yet." in said
 
 
 def test_one_worker_in_the_place_of_two_trains_the_same_model_but_for_rounding(

@@ -36,6 +36,10 @@ def test_an_attempt_that_is_done_is_the_last() -> None:
     assert not after(Outcome(end=DONE), 0).again
 
 
+def test_a_full_cluster_is_waited_for() -> None:
+    assert ends([Outcome(had_no_room=True)] * 50) == 50
+
+
 def test_a_mistake_of_the_users_is_not_tried_again() -> None:
     assert ends([Outcome(is_mistake=True)] * 5) == 1
 
