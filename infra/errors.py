@@ -13,8 +13,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+FULL = re.compile("|".join([os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), r"\d+ requested and \d+ written"]))
+"""What is said of a full disk; the last by numpy, which leaves the errno out."""
 
 
 class UnfreezeError(Exception):
@@ -69,5 +73,4 @@ def _is_full(error: BaseException | None) -> bool:
     """A worker's error arrives as text within another."""
     if error is None:
         return False
-    known = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)]
-    return any(words in str(error) for words in known) or _is_full(error.__cause__ or error.__context__)
+    return bool(FULL.search(str(error))) or _is_full(error.__cause__ or error.__context__)

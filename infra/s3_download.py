@@ -97,7 +97,7 @@ def _in_ranges(access: S3Access, place: Place, version: Version, path: Path) -> 
         def fetch(part: Part) -> None:
             data = access.ask("GetObject", place.uri, lambda client: _range(client, place, version, part))
             usage.add(Usage(s3_read_bytes=len(data)))
-            os.pwrite(file.fileno(), data, part.start)
+            _write_at(file.fileno(), data, part.start)
             with writing:
                 lines.write(f"{part.number}\n")
                 lines.flush()
@@ -107,6 +107,13 @@ def _in_ranges(access: S3Access, place: Place, version: Version, path: Path) -> 
             pass
     partial.replace(path)
     ranges.unlink()
+
+
+def _write_at(descriptor: int, data: bytes, start: int) -> None:
+    """All of it: a disk that gets full takes what still fits, and only says so when it is asked for more."""
+    left = memoryview(data)
+    while left:
+        left = left[os.pwrite(descriptor, left, start + len(data) - len(left)) :]
 
 
 def _range(client: S3Client, place: Place, version: Version, part: Part) -> bytes:

@@ -183,8 +183,16 @@ class _Gather:
         for name, value in values.items():
             if name not in self.arrays:
                 shape = (self.rows, *value.shape[1:])
-                self.arrays[name] = np.lib.format.open_memmap(self.folder / f"{name}.npy", mode="w+", dtype=value.dtype, shape=shape)
+                self.arrays[name] = _new_array(self.folder / f"{name}.npy", value.dtype, shape)
             self.arrays[name][target] = value[source]
+
+
+def _new_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    """A mapped .npy. Its room is taken now: on a full disk this is an error, later it would be a signal (SIGBUS) that ends the process."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def _digests(folder: Path) -> dict[str, str]:

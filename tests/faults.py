@@ -301,14 +301,15 @@ class SmallDisk:
         if not self.missing:
             subprocess.run(["umount", "--lazy", str(self.folder)], check=False, capture_output=True)
 
-    def fill(self) -> None:
-        """Leave no byte free."""
+    def fill(self, room_bytes: int = 0) -> None:
+        """Leave no byte free, or about so many: then what is written is cut off amid a file."""
         assert not self.missing, "this would fill the machine's own disk"
         with (self.folder / "filler").open("wb", buffering=0) as filler:
             for size in (2**20, 2**12):
                 with suppress(OSError):
                     while True:
                         filler.write(bytes(size))
+            filler.truncate(max(0, filler.tell() - room_bytes))
 
     def free(self) -> None:
         (self.folder / "filler").unlink(missing_ok=True)

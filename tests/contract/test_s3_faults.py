@@ -14,7 +14,7 @@ from infra.errors import ServiceError, UserError
 from infra.in_threads import in_threads
 from infra.object_store import S3ObjectStore, join_uri
 from infra.s3_client import new_client
-from tests.faults import Asked, FaultProxy, proxied, writes
+from tests.faults import Asked, FaultProxy, SmallDisk, proxied, writes
 
 MIB = 2**20
 BASE = "s3://unfreeze/faults"
@@ -253,6 +253,25 @@ def test_a_download_that_was_cut_off_fetches_only_what_is_missing(proxy: FaultPr
     assert len(proxy.asked) < 5  # one asks which object it is
     assert (tmp_path / "down").read_bytes() == data
     assert sorted(path.name for path in tmp_path.iterdir()) == ["down", "up"]
+
+
+@pytest.mark.parametrize("room", [6 * MIB, 10 * MIB + 12_345])
+def test_a_disk_that_gets_full_amid_a_download_says_so_and_it_carries_on(
+    proxy: FaultProxy, small_parts: None, tmp_path: Path, room: int
+) -> None:
+    """It takes a part of a write without a word; what it did not take must not count as arrived."""
+    data, uri = _large(tmp_path / "up"), f"{BASE}/full-disk"
+    S3ObjectStore().upload(tmp_path / "up", uri)
+    with SmallDisk(tmp_path / "disk", 18 * MIB) as disk:
+        if disk.missing:
+            pytest.skip(disk.missing)
+        disk.fill(room)
+        with pytest.raises(OSError, match="No space left"):
+            S3ObjectStore().download(uri, disk.folder / "down")
+        assert not (disk.folder / "down").exists()
+        disk.free()
+        S3ObjectStore().download(uri, disk.folder / "down")
+        assert (disk.folder / "down").read_bytes() == data
 
 
 def test_what_was_replaced_between_two_attempts_is_not_mixed(proxy: FaultProxy, small_parts: None, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from ray_jobs.feature_batches import (
 from ray_jobs.feature_cache import Features, LocalCopy, evict, local_copies, open_features, remove
 from ray_jobs.feature_set import Cell, FeatureSet, Transform, feature_set
 from tests.fakes import MemoryObjectStore
+from tests.faults import SmallDisk
 
 STORAGE = "s3://bucket/lab"
 SET = feature_set(
@@ -102,6 +103,23 @@ def test_a_machine_assembles_its_copy_once_and_then_needs_no_store(tmp_path: Pat
     uri = write_all(store)
     open_features(uri, store, tmp_path)
     assert open_features(uri, MemoryObjectStore(), tmp_path).train == 5
+
+
+def test_a_disk_too_full_for_the_copy_says_so_and_leaves_none(tmp_path: Path) -> None:
+    """Written through a mapping, it would be a SIGBUS that ends the process."""
+    store = MemoryObjectStore()
+    value = RNG.normal(size=(7, 100_000)).astype(np.float32)
+    uri = batch_uri(STORAGE, SET, IMAGES)
+    batch = commit_batch(store, uri, IMAGES, write_shards(store, uri, 0, [value], "float32"), {})
+    rows = Selection([(batch.uri, batch.manifest_digest)], np.zeros(7, np.int32), np.arange(7), np.arange(7), 5, 1)
+    selection = commit_selection(store, STORAGE, rows, {})
+    with SmallDisk(tmp_path / "disk", 2**20) as disk:
+        if disk.missing:
+            pytest.skip(disk.missing)
+        with pytest.raises(OSError, match="No space left"):
+            open_features(selection, store, disk.folder)
+        assert local_copies(disk.folder) == []
+    np.testing.assert_array_equal(open_features(selection, store, tmp_path).values[0], value)
 
 
 def test_what_was_never_committed_is_not_found(tmp_path: Path) -> None:

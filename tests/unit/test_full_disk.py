@@ -28,7 +28,12 @@ def here() -> None:
     raise FULL
 
 
-@pytest.mark.parametrize("fails", [as_a_worker_tells_it, as_a_cause, here])
+def as_numpy_tells_it() -> None:
+    """By `numpy.save`, where a part fitted."""
+    raise OSError("400000 requested and 131056 written")
+
+
+@pytest.mark.parametrize("fails", [as_a_worker_tells_it, as_a_cause, as_numpy_tells_it, here])
 def test_a_full_disk_says_where_room_is_needed(fails: Callable[[], None]) -> None:
     with pytest.raises(ServiceError, match="A disk is full") as told:
         room_on_disk()(fails)()
