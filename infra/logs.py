@@ -14,6 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO
 
+from infra.newest import keep_newest
+
 OURS = ("flows", "tasks", "ray_jobs", "infra")
 _ids: ContextVar[Mapping[str, object]] = ContextVar("log_ids", default=MappingProxyType({}))
 
@@ -68,8 +70,9 @@ def current() -> Log | None:
 
 @contextmanager
 def to_file(path: Path) -> Iterator[Log]:
-    """Keep the body's lines in this file."""
+    """Keep the body's lines in this file. Of its folder's logs, those of the last runs stay."""
     log = Log(path)
+    keep_newest(path.parent, "*.jsonl")
     outer, _Current.log = _Current.log, log
     try:
         with _attached(log._handler):

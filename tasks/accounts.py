@@ -25,6 +25,7 @@ import psutil
 from infra import logs, patience, settings, usage
 from infra.committed_folder import commit
 from infra.errors import UnfreezeError
+from infra.newest import keep_newest
 from infra.object_store import join_uri, object_store
 from infra.tracking import Metric
 from infra.usage import Usage
@@ -215,7 +216,7 @@ def metrics_of(result: Mapping[str, Any]) -> list[Metric]:
 
 
 def _keep(account: Account) -> None:
-    """In the home, and on S3 if it takes them: a run does not fail for its metrics."""
+    """In the home, where the last year's nights stay, and on S3 if it takes them: a run does not fail for its metrics."""
     content = account.plain()
     data = json.dumps(content, indent=1).encode()
     log.info("%s of %s: %s", account.flow, account.name, account.status, extra={"run_s": content["seconds"]} | content["orchestration"])
@@ -223,6 +224,7 @@ def _keep(account: Account) -> None:
         folder = settings.home_dir() / "runs"
         folder.mkdir(exist_ok=True)
         (folder / f"{account.flow_run_id}.json").write_bytes(data)
+        keep_newest(folder, "*.json")
         files: dict[str, Path | bytes] = {METRICS: data}
         if current := logs.current():
             files[LOG] = current.path.read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from prefect import flow
 from prefect.context import FlowRunContext
 
-from infra import logs, usage
+from infra import logs, newest, usage
 from infra.errors import ServiceError
 from infra.object_store import object_store
 from infra.usage import Usage
@@ -73,6 +74,17 @@ def test_a_run_that_fails_leaves_its_metrics_and_its_log(home: Path) -> None:
     assert {line["flow_run_id"] for line in lines} == {"r2"}
     failed = next(line for line in lines if line["what"].startswith("step failed"))
     assert (failed["step"], failed["error"]) == ("fit", "ServiceError")
+
+
+def test_the_home_keeps_the_accounts_of_the_last_runs(home: Path) -> None:
+    (home / "runs").mkdir()
+    for number in range(newest.KEPT):
+        (home / "runs" / f"old-{number}.json").touch()
+        os.utime(home / "runs" / f"old-{number}.json", (number, number))
+    with of_run("retrain", SPEC, "r3"):
+        pass
+    kept = {path.name for path in (home / "runs").iterdir()}
+    assert (len(kept), "old-0.json" in kept, "r3.json" in kept) == (newest.KEPT, False, True)
 
 
 def test_a_store_that_is_away_takes_nothing_from_the_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import logging.config
+import os
 from pathlib import Path
 from typing import Any
 
-from infra import logs, progress
+from infra import logs, newest, progress
 
 log = logging.getLogger("tasks.some_step")
 
@@ -75,3 +76,13 @@ def test_without_a_log_nothing_of_it_is_left(tmp_path: Path) -> None:
         assert logs.current() is not None
     assert logs.current() is None
     assert [(logging.getLogger(name).handlers, logging.getLogger(name).level) for name in logs.OURS] == before
+
+
+def test_a_folder_keeps_the_logs_of_the_last_runs(tmp_path: Path) -> None:
+    for number in range(newest.KEPT):
+        (tmp_path / f"old-{number}.jsonl").touch()
+        os.utime(tmp_path / f"old-{number}.jsonl", (number, number))
+    with logs.to_file(tmp_path / "command.jsonl"):
+        log.info("the next")
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert (len(kept), "old-0.jsonl" in kept, "command.jsonl" in kept) == (newest.KEPT, False, True)
