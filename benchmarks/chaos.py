@@ -31,10 +31,14 @@ from rich.table import Table
 POLL_S = 0.02
 SETTLE_S = 2.0
 LONG_OUTAGE_S, SHORT_OUTAGE_S = 60.0, 8.0
+MOST_ROOM_BYTES = 24 * 2**20
+"""A little more than the backbone, so that any file may be the one that is cut off."""
 JUMP_S = 600
 """Less than the quarter of an hour beyond which S3 refuses a signature for its time."""
 SCHEDULERS = ("asha", "ladder")
 FIT = "Fitting"
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+NOT_AT_WORK = ("ray::IDLE", *AGENTS)
 STARTS = "starting"
 DONE = ": done in "
 
@@ -90,7 +94,7 @@ def _flow(site: Site, command: Command, rng: random.Random) -> bool:
 
 
 def _ctrl_c(site: Site, command: Command, rng: random.Random) -> bool:
-    command.process.send_signal(signal.SIGINT)
+    command.process.send_signal(rng.choice((signal.SIGINT, signal.SIGTERM)))
     return True
 
 
@@ -104,7 +108,13 @@ def _everything(site: Site, command: Command, rng: random.Random) -> bool:
 
 def _worker(site: Site, command: Command, rng: random.Random) -> bool:
     """A process of Ray's that does something now."""
-    return kill(one_of([one for one in site.family("ray") if called(one).startswith("ray::") and "IDLE" not in called(one)], rng))
+    at_work = [one for one in site.family("ray") if called(one).startswith("ray::") and not called(one).startswith(NOT_AT_WORK)]
+    return kill(one_of(at_work, rng))
+
+
+def _agent(site: Site, command: Command, rng: random.Random) -> bool:
+    """One of the two that Ray's raylet ends with."""
+    return kill(one_of([one for one in site.family("ray") if called(one).startswith(AGENTS)], rng))
 
 
 def _fit_worker(site: Site, command: Command, rng: random.Random) -> bool:
@@ -155,7 +165,7 @@ def _lost(site: Site, command: Command, rng: random.Random) -> bool:
 
 
 def _full(site: Site, command: Command, rng: random.Random) -> bool:
-    site.disk.fill()
+    site.disk.fill(rng.choice((0, rng.randrange(MOST_ROOM_BYTES))))
     return True
 
 
@@ -167,14 +177,15 @@ def _clock(seconds: int) -> Callable[[Site, Command, random.Random], bool]:
     return inject
 
 
-KILLED, FAILED, INTERRUPTED = -signal.SIGKILL, 3, 130
+KILLED, BY_RAY, FAILED, INTERRUPTED = -signal.SIGKILL, 1, 3, 130
 FAULTS = {
     "flow": Fault("the flow's process, which is Ray's driver, is killed", _flow, (KILLED,)),
-    "ctrl-c": Fault("Ctrl-C", _ctrl_c, (INTERRUPTED,)),
+    "ctrl-c": Fault("Ctrl-C, or TERM", _ctrl_c, (INTERRUPTED,)),
     "everything": Fault("the power fails", _everything, (KILLED,)),
     "worker": Fault("a Ray worker that is at work is killed", _worker),
     "fit-worker": Fault("a worker of the fit is killed", _fit_worker, step=FIT),
     "raylet": Fault("Ray's raylet, a whole machine of its cluster, is killed", _raylet, (FAILED,)),
+    "agent": Fault("an agent of the raylet's, which ends with it, is killed", _agent, (FAILED, BY_RAY)),
     "mlflow": Fault("MLflow's server is killed", _server("mlflow"), (FAILED,)),
     "prefect": Fault("Prefect's server is killed", _server("prefect"), (FAILED,)),
     "s3": Fault("S3's server is killed, and started again a few seconds later", _s3),
@@ -184,9 +195,9 @@ FAULTS = {
     "s3-slow": Fault("100 answers of S3 come with 100 kB/s", _slow),
     "s3-truncated": Fault("20 answers of S3 break off", _truncated),
     "s3-lost": Fault("20 answers to writes are lost", _lost),
-    "disk-full": Fault("the scratch disk is full until the command ends", _full, (FAILED,)),
+    "disk-full": Fault("the scratch disk is full, or nearly, until the command ends", _full, (FAILED,)),
     "clock-forward": Fault("the command's clock jumps ten minutes ahead", _clock(JUMP_S), clock=True),
-    "clock-back": Fault("the command's clock jumps ten minutes back", _clock(-JUMP_S), clock=True),
+    "clock-back": Fault("the command's clock jumps ten minutes back", _clock(-JUMP_S), (FAILED,), clock=True),
 }
 SMALL = ("flow", "fit-worker", "s3-503", "everything", "s3-truncated")
 
@@ -228,6 +239,7 @@ def one_round(site: Site, number: int, name: str, scheduler: str, expected: Undi
     step, lasts_s = rng.choice([one for one in expected.steps if one[0].startswith(fault.step or "")])
     found = Round(number, scheduler, name, step, round(rng.random() * lasts_s, 2))
     spec = site.spec(f"chaos-{number:03d}", scheduler)
+    site.clean()
     site.proxy.asked.clear()
     started, env = time.monotonic(), site.clock.environment if fault.clock else {}
     command = site.start(spec, env=env)
@@ -289,6 +301,7 @@ def _check(site: Site, name: str, answer: dict[str, Any], before: checks.Finishe
     found.problems += checks.read_too_early(asked(site), name)
     found.problems += checks.verified(root, BUCKET)
     site.clean()
+    checks.settled(lambda: [name for name, one in local_stack.status().items() if one["state"] != "running"])  # a busy server answers late
     status = local_stack.status()
     os.environ["MLFLOW_TRACKING_URI"] = status["mlflow"]["uri"]
     tracking.client.cache_clear()  # a server that was started again may be elsewhere

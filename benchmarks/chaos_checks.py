@@ -149,11 +149,12 @@ def written_again(before: Iterable[tuple[str, str]], after: Iterable[tuple[str, 
 
 
 def _below(requests: Iterable[tuple[str, str]], name: str) -> Iterator[tuple[str, str]]:
-    """(method, key) of the requests for objects of a round's storage."""
+    """(method, key) of the requests for objects of a round's storage, not of those that list: objects, or the parts of an upload."""
     for method, path in requests:
         parts = urlsplit(path)
         key = unquote(parts.path).lstrip("/").partition("/")[2]
-        if key.startswith(f"{name}/") and "list-type" not in parts.query:
+        lists = "list-type" in parts.query or (method == "GET" and "uploadId" in parts.query)
+        if key.startswith(f"{name}/") and not lists:
             yield method, key
 
 

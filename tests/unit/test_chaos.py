@@ -78,7 +78,8 @@ def test_half_written_objects_do_not_count_as_finished(load: Load, storage: Path
 def test_an_object_that_is_read_before_its_manifest_is_written_is_found_and_no_other(load: Load) -> None:
     early, late, other = "/unfreeze/x/fits/f/fit/model.safetensors", "/unfreeze/x/fits/f/fit/deep/labels.json", "/unfreeze/y/fits/f/fit/a"
     requests = [
-        ("PUT", early), ("GET", early), ("GET", other), ("GET", "/unfreeze/x/fits/f/fit/MANIFEST.json"), ("GET", "/unfreeze/x/steps/s"),
+        ("PUT", early), ("GET", early), ("GET", other), ("GET", f"{late}?uploadId=1"), ("GET", "/unfreeze/x/fits/f/fit/MANIFEST.json"),
+        ("GET", "/unfreeze/x/steps/s"),
         ("PUT", "/unfreeze/x/fits/f/fit/MANIFEST.json"), ("GET", late), ("GET", early),
     ]  # fmt: skip
     found = load("chaos_checks").read_too_early(requests, "x")
