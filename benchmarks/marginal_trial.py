@@ -44,9 +44,9 @@ def peer_s(depth: int, manifest: Path, epochs: int, seed: int) -> float:
 
 def main() -> None:
     chosen = options(__doc__, epochs=(4, 1, "epochs of a trial"))
-    found: dict[int, list[dict[str, float]]] = {depth: [] for depth in GOALS}
+    found: dict[int, list[dict[str, float]]] = {depth: [] for depth in GOALS if depth or not chosen.small}
     with stack() as folder:
-        manifest = write_images(folder / "images", 40 if chosen.small else None)
+        manifest = write_images(folder / "images", 24 if chosen.small else None)
         Search("warm-up", manifest, 96, LITE0, unfreeze_depth=[1], lr=[1e-3, 1e-2], max_epochs=1, searcher="grid").run(chosen.seed)
         for number in range(chosen.rounds):
             for depth, rounds in found.items():

@@ -186,6 +186,8 @@ def report(case: Case, rounds: list[dict[str, dict[str, Any]]], skipped: list[st
     }  # fmt: skip
     print(f"accuracy guard (best within 2 points, mean within 1, or ours higher): {guard}")
     ratios = {arm: seconds / arms["ours"] for arm, seconds in arms.items()}
+    if "fifo" in arms and case.scheduler == "fifo":
+        print(f"efficiency (ratio to fifo, which shares nothing, by the ratio of counted FLOPs): {ratios['fifo'] / bound:.2f}")
     return {"seconds": arms, "ratios": ratios, "best": best, "mean": mean, "flops_bound": bound, "guard": guard, "rounds": rounds}
 
 
@@ -209,7 +211,7 @@ def main() -> None:
     print(f"commit {commit}; {os.cpu_count()} CPUs; " + ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "ray")))
     rounds = []
     with tempfile.TemporaryDirectory(prefix="unfreeze-bench-") as scratch:
-        manifest = write_images(Path(scratch) / "images", 40 if a.small else None)
+        manifest = write_images(Path(scratch) / "images", 24 if a.small else None)
         for number in range(1 if a.small else a.rounds):
             folder = Path(scratch) / str(number)
             folder.mkdir()

@@ -118,7 +118,7 @@ def arms_of(files: list[Path], root: Path, cpu: dict[str, list[float]], server: 
         return wall
 
     names = [name for name in ARMS if name != NOT_LARGE or len(files) > 1]
-    return {name: lambda name=name: timed(name) for name in names}  # type: ignore[misc]
+    return {name: lambda name=name: timed(name) for name in names}  # type: ignore[misc]  # a default binds the name
 
 
 def _cpu_s() -> float:

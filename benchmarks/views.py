@@ -40,15 +40,15 @@ def run(manifest: Any, views: int, seed: int, *, small: bool) -> dict[str, Any]:
 
 def main() -> None:
     chosen = options(__doc__, seeds=(2, 1, "seeds of the search"))
-    rows = []
+    rows, compared = [], VIEWS[:2] if chosen.small else VIEWS
     with stack() as folder:
         manifest = write_images(folder / "images", 24 if chosen.small else None)
         for number in range(chosen.more.seeds):
-            for views in VIEWS:
+            for views in compared:
                 rows.append(run(manifest, views, chosen.seed + number, small=chosen.small))
                 print(rows[-1], flush=True)
     figures = []
-    for views in VIEWS:
+    for views in compared:
         some = [row for row in rows if row["views"] == views]
         for depth in DEPTHS:
             best = statistics.fmean(max(row["accuracies"][depth]) for row in some)
