@@ -10,6 +10,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -274,7 +275,8 @@ def ensure_buckets(site: Site, buckets: Iterable[str]) -> None:
     client = _s3_client(site)
     there = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
     for bucket in set(buckets) - there:
-        client.create_bucket(Bucket=bucket)
+        with suppress(client.exceptions.BucketAlreadyExists):  # by another command, since
+            client.create_bucket(Bucket=bucket)
 
 
 def _s3_client(site: Site) -> S3Client:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import psutil
 import pytest
 from botocore.exceptions import ClientError
 
-from infra import local_stack, processes, ray_cluster, stack_file
+from infra import local_stack, processes, ray_cluster, services, stack_file
 from infra.errors import ServiceError, UserError
 from infra.settings import SERVICES
 
@@ -257,6 +258,15 @@ def test_a_command_shares_a_standing_stack_and_leaves_it_standing(standing: dict
         _client(standing["s3"]).head_bucket(Bucket="other")
     assert not set(ADDRESSES) & set(os.environ)
     assert {part["state"] for part in local_stack.status().values()} == {"running"}
+
+
+def test_commands_that_make_one_bucket_at_once_all_find_it(standing: dict[str, Any]) -> None:
+    site = local_stack._site(standing["home"], stack_file.read(standing["home"]))
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(5):
+            made = [pool.submit(services.ensure_buckets, site, [f"race-{number}"]) for _ in range(8)]
+            assert all(future.exception() is None for future in made)
+            _client(standing["s3"]).head_bucket(Bucket=f"race-{number}")
 
 
 def test_two_commands_at_once_share_one_stack_that_ends_with_the_last(home: Path, start: Start) -> None:
