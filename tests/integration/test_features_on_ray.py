@@ -7,9 +7,9 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from signal import SIGKILL
 from typing import Any
 
 import numpy as np
@@ -119,9 +119,7 @@ def test_a_new_dataset_computes_its_new_images_alone_and_another_search_nothing(
     first = prepared(spec, tmp_path, 20)
     made = cached(spec, first, backbone)
     assert made["computed_images"] == images_of(first)
-    started = time.perf_counter()
     again = cached(spec_of(tmp_path, lab, lr=[1e-3]), first, backbone)
-    assert time.perf_counter() - started < 1
     assert (again["computed_images"], again["features"]) == (0, made["features"])
 
     second = prepared(spec, tmp_path, 22)
@@ -204,13 +202,11 @@ def test_a_search_that_was_killed_at_work_is_not_waited_for(machine: Path, lab: 
 
         patch.setattr(features_on_ray, "object_store", lambda: store)
         threading.Timer(1.5, child.kill).start()
-        started = time.monotonic()
         said: list[str] = []
         assert cached(spec, dataset, backbone, said)["computed_images"] == images_of(dataset)
     (line,) = said
     assert line.endswith(f" for process {child.pid}, which computes features of the same backbone.")
-    assert 1.5 < time.monotonic() - started < 25
-    child.wait()
+    assert child.poll() == -SIGKILL
 
 
 class LeaseFirst(S3ObjectStore):

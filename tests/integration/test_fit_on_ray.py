@@ -94,9 +94,7 @@ def test_two_workers_train_what_is_not_frozen_and_the_result_is_kept(
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     model = backbone.create(world.backbone["name"], image_size=32, num_classes=3, seed=0)
     assert moved & {name for name, _ in model.named_parameters()} == backbone.trainable_names(model, 1)
-    started = time.monotonic()
     assert fitted(world, world.spec) == result
-    assert time.monotonic() - started < 2
 
 
 def test_a_fit_whose_worker_is_killed_equals_an_undisturbed_one(world: FitWorld, store: S3ObjectStore) -> None:

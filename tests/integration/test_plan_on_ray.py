@@ -23,7 +23,6 @@ def test_a_plan_is_measured_once_and_covers_every_depth(machine: Path, prepared:
     assert set(found["source"]) == {"0", "1", str(backbone["groups"])}
     assert found["estimated_s"] == pytest.approx(found["prefix_s"] + found["trials_s"])
     assert found["estimated_s"] > 0
-    assert found["planning_s"] < 1
     assert json.loads(json.dumps(found)) == found
     again = plan_search(spec.model_copy(update={"search": spec.search.model_copy(update={"max_epochs": 6})}), dataset, backbone)
     assert Calibration.from_plain(again["calibration"]) == Calibration.from_plain(found["calibration"])

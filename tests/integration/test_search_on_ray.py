@@ -146,9 +146,7 @@ def test_a_search_computes_features_once_and_ends_with_a_verified_leaderboard(ma
     assert capfd.readouterr().out == ""
     assert not (Path.home() / "ray_results" / "search").exists()
 
-    again = time.perf_counter()
     assert run(machine, prepared) == result
-    assert time.perf_counter() - again < 5
 
 
 def without_numbers(uri: str, cache: Path) -> str:
@@ -272,7 +270,6 @@ def test_short_trials_share_the_first_actors(machine: Path, prepared: Any, sched
 
 def test_a_budget_ends_the_search_with_what_it_has(machine: Path, prepared: Any) -> None:
     result = run(machine, prepared, max_epochs=500, unfreeze_depth=[0, 1], scheduler="fifo", budget_s=6.0, seed=7)
-    assert result["seconds"] < 30
     assert {"stopped"} <= {detail["status"] for detail in result["trials_detail"]}
     assert result["best"]["accuracy"] > 0
 

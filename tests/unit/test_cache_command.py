@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +124,5 @@ def test_sizes_are_read_as_people_write_them(monkeypatch: pytest.MonkeyPatch, tm
     assert cli._run(["cache", "prune", "--local", "--to-bytes", "plenty"]) == 2
     assert "no size" in capsys.readouterr().err
     assert cli._run(["cache", "prune", "--local"]) == 2
-    started = time.monotonic()
     assert cli._run(["cache", "prune", "--local", "--to-bytes", "1MB", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["removed"] == []
-    assert time.monotonic() - started < 10

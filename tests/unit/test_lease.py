@@ -56,9 +56,8 @@ def test_a_dead_process_of_this_machine_is_not_waited_for() -> None:
     child.wait()
     store = MemoryObjectStore()
     store.write(URI, dumps(asdict(holder_of(child.pid, this_machine(), known.create_time))).encode())
-    before = time.monotonic()
-    with hold(store, URI, nobody, replace(QUICK, patience_s=60)):
-        assert time.monotonic() - before < 1
+    with hold(store, URI, nobody, replace(QUICK, patience_s=600)):
+        pass
 
 
 def test_a_holder_elsewhere_counts_as_dead_once_it_has_not_renewed_for_the_patience_on_our_own_clock() -> None:
@@ -66,7 +65,7 @@ def test_a_holder_elsewhere_counts_as_dead_once_it_has_not_renewed_for_the_patie
     store.write(URI, dumps(asdict(holder_of(1, "another machine"))).encode())
     before = time.monotonic()
     with hold(store, URI, told.append, QUICK):
-        assert 0.4 < time.monotonic() - before < 5
+        assert time.monotonic() - before > 0.4
     assert [str(holder) for holder in told] == ["process 1 on far.example"]
 
 
@@ -75,17 +74,19 @@ def test_a_holder_elsewhere_that_renews_is_waited_for() -> None:
     far = holder_of(1, "another machine")
     store.write(URI, dumps(asdict(far)).encode())
 
+    over = threading.Event()
+
     def renew() -> None:
-        for beat in range(1, 12):
+        for beat in range(1, 16):
             time.sleep(0.1)
             store.write(URI, dumps(asdict(replace(far, beat=beat))).encode())
+        over.set()
         store.delete([URI])
 
     thread = threading.Thread(target=renew)
-    before = time.monotonic()
     thread.start()
-    with hold(store, URI, lambda holder: None, QUICK):
-        assert time.monotonic() - before >= 1.1
+    with hold(store, URI, lambda holder: None, replace(QUICK, patience_s=1.0)):
+        assert over.is_set()
     thread.join()
 
 
