@@ -63,16 +63,24 @@ def watched(address: str) -> Iterator[None]:
     watch.start()
     try:
         yield
-    except KeyboardInterrupt:
-        if watch.found_gone:
-            raise gone(address) from None
-        raise
     except Exception as error:
         if not isinstance(error, UnfreezeError) and is_gone(address):  # Ray's own errors come first where something waits for a result
             raise gone(address) from error
         raise
+    except BaseException:
+        if watch.found_gone:
+            raise gone(address) from None
+        raise
     finally:
         watch.over.set()
+
+
+def _interrupt() -> None:
+    """By TERM where Ctrl-C is ignored, as in what a script starts in the background; a command takes both for the same."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if callable(signal.getsignal(number)):
+            os.kill(os.getpid(), number)
+            break
 
 
 class _Watch(threading.Thread):
@@ -89,7 +97,7 @@ class _Watch(threading.Thread):
                 there = time.monotonic()
             elif time.monotonic() - there >= GONE_AFTER_S:
                 self.found_gone = True
-                os.kill(os.getpid(), signal.SIGINT)
+                _interrupt()
                 self._see_it_end()
                 break
 

@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, signal
+from types import FrameType
 
 import pytest
 
@@ -15,8 +17,9 @@ from infra import ray_watch
 from infra.errors import ServiceError
 
 STUCK = """
-import sys, threading, time
+import signal, sys, threading, time
 from infra import ray_watch
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ray_watch.LOOK_EVERY_S, ray_watch.GONE_AFTER_S, ray_watch.LEAVE_S = 0.05, 0.1, 0.5
 with ray_watch.watched(sys.argv[1]):
     until = time.monotonic() + 20
@@ -44,7 +47,20 @@ def address_of(head: socket.socket) -> str:
     return f"127.0.0.1:{head.getsockname()[1]}"
 
 
-@pytest.mark.usefixtures("soon")
+def interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(params=[{SIGINT: interrupt, SIGTERM: SIG_DFL}, {SIGINT: SIG_IGN, SIGTERM: interrupt}], ids=["INT", "TERM"])
+def handlers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A command's, in the foreground; and where a script has started it in the background."""
+    before = {number: signal(number, handler) for number, handler in request.param.items()}
+    yield
+    for number, handler in before.items():
+        signal(number, handler)
+
+
+@pytest.mark.usefixtures("soon", "handlers")
 def test_the_body_is_interrupted_when_the_head_goes(head: socket.socket) -> None:
     threading.Timer(0.5, head.close).start()
     with pytest.raises(ServiceError, match=address_of(head)), ray_watch.watched(address_of(head)):
