@@ -39,7 +39,9 @@ PACKAGES = ("ray_jobs", "infra")
 """The code that goes with a job. The rest of the environment, Python and its packages, is the cluster's."""
 FRESH_S = 3600.0
 """How long an outcome that nobody has read may be taken for the answer: the world changes, and to ask again is cheap."""
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 1.0
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 1.0
+WAIT_SHARE = 0.05
+"""Of the time that a job has taken so far: to notice its end late by as much is not felt, and a long job is asked for seldom."""
 STOP_LOOKS = 60
 PATIENCE_S = 60.0
 """How long the job server may be silent before the step fails; its job goes on meanwhile."""
@@ -126,13 +128,16 @@ def _submit(call: _Call, job_id: str) -> None:
 
 
 def _await_end(call: _Call, job_id: str, shown: _Shown) -> Job:
-    """Watch until the job is over. Raises ServiceError where its server is silent for long, or has forgotten it."""
-    wait_s, heard_at = FIRST_WAIT_S, time.monotonic()
+    """Watch until the job is over, or has left a result: its process takes another second to leave, which nobody need wait for.
+
+    Raises ServiceError where its server is silent for long, or has forgotten it.
+    """
+    began = heard_at = time.monotonic()
     with ThreadPoolExecutor(1, "look at a job") as looking:
         while True:
             try:
                 # in a thread: a timeout of Prefect's, raised amid a request, would be taken for one of the network's, and be lost
-                job, progress = looking.submit(_look, call, job_id).result()
+                has_result, job, progress = looking.submit(_look, call, job_id).result()
                 heard_at = time.monotonic()
             except ServiceError:
                 if time.monotonic() - heard_at > PATIENCE_S:
@@ -140,15 +145,15 @@ def _await_end(call: _Call, job_id: str, shown: _Shown) -> Job:
             else:
                 if job is None:
                     raise ServiceError(f"The Ray cluster no longer knows the job {job_id}: its head was started anew.", CARRY_ON)
-                if job.is_over:
+                if has_result or job.is_over:
                     return job
                 shown.show(progress)
-            time.sleep(wait_s)
-            wait_s = min(1.5 * wait_s, LONGEST_WAIT_S)
+            time.sleep(min(max(FIRST_WAIT_S, WAIT_SHARE * (time.monotonic() - began)), LONGEST_WAIT_S))
 
 
-def _look(call: _Call, job_id: str) -> tuple[Job | None, Progress]:
-    return call.server.find(job_id), call.objects(job_id).told()
+def _look(call: _Call, job_id: str) -> tuple[bool, Job | None, Progress]:
+    objects = call.objects(job_id)
+    return "result" in (objects.outcome() or {}), call.server.find(job_id), objects.told()
 
 
 class _Shown:
@@ -167,7 +172,7 @@ class _Shown:
 
 
 def _taken(call: _Call, job: Job, shown: _Shown) -> Plain | None:
-    """The result of a job that is over; None where it succeeded, and another caller has taken the result. Raises what it met."""
+    """The result of a job that has ended; None where another caller has taken it. Raises what the job met."""
     objects = call.objects(job.id)
     outcome = objects.outcome()
     if outcome is not None:
@@ -178,7 +183,7 @@ def _taken(call: _Call, job: Job, shown: _Shown) -> Plain | None:
         usage.add(Usage(**outcome["used"]))
         result: Plain = outcome["result"]
         return result
-    if job.status == "SUCCEEDED":
+    if job.status == "SUCCEEDED" or not job.is_over:
         return None
     if job.status == "STOPPED":
         raise ServiceError(f"The Ray job {job.id} was stopped.", CARRY_ON)
