@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from signal import SIGKILL
 from typing import Any
 
 import numpy as np
@@ -206,7 +205,7 @@ def test_a_search_that_was_killed_at_work_is_not_waited_for(machine: Path, lab: 
         assert cached(spec, dataset, backbone, said)["computed_images"] == images_of(dataset)
     (line,) = said
     assert line.endswith(f" for process {child.pid}, which computes features of the same backbone.")
-    assert child.poll() == -SIGKILL
+    assert child.poll() is not None
 
 
 class LeaseFirst(S3ObjectStore):
