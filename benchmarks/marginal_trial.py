@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 
 from bench import LITE0, Figure, options, report, stack
-from search_against_peers import Case, run_peer, write_images
+from search_against_peers import Case, bundled, run_peer, write_images
 from trial_overhead import Search
 
 GOALS = {0: 1.0, 1: 40.0}
@@ -38,7 +38,7 @@ def ours_s(depth: int, manifest: Path, epochs: int, seed: int) -> float:
 def peer_s(depth: int, manifest: Path, epochs: int, seed: int) -> float:
     """The same of the peer."""
     fewer, more = PEERS
-    walls = [run_peer("fifo", Case((depth,), rates(n), epochs), manifest, seed, manifest.parent)["seconds"] for n in PEERS]
+    walls = [run_peer("fifo", Case((depth,), rates(n), epochs), bundled(), manifest, seed, manifest.parent)["seconds"] for n in PEERS]
     return (walls[1] - walls[0]) / (more - fewer)
 
 

@@ -5,8 +5,9 @@
 Arms, interleaved in each round: fifo and asha (benchmarks/peers/ray_tune_baseline.py), sequential (a hand-written loop over cached
 features), ours (`unfreeze search` from the command to its answer, nothing prepared or cached before, the embedded stack up).
 Accuracies are those after the last epoch, as the peers tell them. With --thin N, fifo runs on every N-th learning rate alone and its
-seconds are scaled to all of them: its trials are independent, and a start of 30 s, more than it takes, is not scaled. Prints seconds,
-ratios, the accuracy guard and the bound by counted FLOPs; writes JSON with --json.
+seconds are scaled to all of them: its trials are independent, and a start of 30 s, more than it takes, is not scaled. With --backbone
+NAME every arm starts from the same random weights of another one, which measures time. Prints seconds, ratios, the accuracy guard and
+the bound by counted FLOPs; writes JSON with --json.
 """
 
 from __future__ import annotations
@@ -38,6 +39,15 @@ BACKBONE, PACKAGE, IMAGE_SIZE = "tf_efficientnet_lite0", "efficientnet_lite0_pyt
 VAL_SHARE, HOLDOUT_SHARE = 0.25, 0.02
 MEAN_WITHIN, BEST_WITHIN = 0.01, 0.02
 PEER_START_S = 30.0
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A timm name and its weights: as a file for the peers, as a spec has them for ours."""
+
+    name: str
+    file: Path
+    in_spec: str
 
 
 @dataclass(frozen=True)
@@ -89,12 +99,13 @@ def write_images(folder: Path, most: int | None) -> Path:
     return manifest
 
 
-def run_peer(arm: str, case: Case, manifest: Path, seed: int, folder: Path, thin: int = 1) -> dict[str, Any]:
+def run_peer(arm: str, case: Case, backbone: Backbone, manifest: Path, seed: int, folder: Path, thin: int = 1) -> dict[str, Any]:
     """One of the peers in a process of its own; its seconds are those of the whole process."""
     lrs = case.lrs[::thin] if arm == "fifo" else case.lrs
     out = folder / f"{arm}.json"
     script = "sequential_cached.py" if arm == "sequential" else "ray_tune_baseline.py"
-    command = [sys.executable, "-W", "ignore", str(PEERS / script), "--data", str(manifest), "--backbone", BACKBONE, "--weights", weights()]
+    command = [sys.executable, "-W", "ignore", str(PEERS / script), "--data", str(manifest)]
+    command += ["--backbone", backbone.name, "--weights", str(backbone.file)]
     command += ["--image-size", str(IMAGE_SIZE), "--depths", ",".join(map(str, case.depths)), "--lrs", ",".join(map(str, lrs))]
     command += ["--epochs", str(case.epochs), "--seed", str(seed), "--out", str(out)]
     command += [] if arm == "sequential" else ["--scheduler", arm, "--val-fraction", str(VAL_SHARE)]
@@ -112,14 +123,14 @@ def point(depth: int, lr: float) -> str:
     return f"{depth}/{lr:g}"
 
 
-def run_ours(case: Case, manifest: Path, seed: int, folder: Path) -> dict[str, Any]:
+def run_ours(case: Case, backbone: Backbone, manifest: Path, seed: int, folder: Path) -> dict[str, Any]:
     """`unfreeze search` on an empty home, whose stack is up before the clock starts."""
     unfreeze = str(Path(sys.executable).with_name("unfreeze"))
     env = {**os.environ, "UNFREEZE_HOME": str(folder / "home")}
     content = {
         "name": "benchmark",
         "data": {"source": str(manifest), "image_size": IMAGE_SIZE},
-        "backbone": {"name": BACKBONE, "weights": f"package:{PACKAGE}"},
+        "backbone": {"name": backbone.name, "weights": backbone.in_spec},
         "search": {
             "unfreeze_depth": list(case.depths), "lr": list(case.lrs), "max_epochs": case.epochs, "scheduler": case.scheduler,
             "searcher": "grid", "class_weights": "none", "seed": seed,
@@ -156,10 +167,20 @@ def timed(command: list[str], env: dict[str, str], out: Path | None = None) -> f
     return seconds
 
 
-def weights() -> str:
+def bundled() -> Backbone:
     from ray_jobs.weights import find_in_package
 
-    return str(find_in_package(PACKAGE))
+    return Backbone(BACKBONE, find_in_package(PACKAGE), f"package:{PACKAGE}")
+
+
+def random_weights(name: str, folder: Path) -> Backbone:
+    import timm
+    import torch
+
+    torch.manual_seed(0)
+    path = folder / f"{name}.pth"
+    torch.save(timm.create_model(name).state_dict(), path)
+    return Backbone(name, path, str(path))
 
 
 def report(case: Case, rounds: list[dict[str, dict[str, Any]]], skipped: list[str]) -> dict[str, Any]:
@@ -203,6 +224,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--arms", default="", help="comma-separated; by default all that the case has")
     parser.add_argument("--thin", type=int, default=1, help="fifo on every N-th learning rate alone, its seconds scaled")
+    parser.add_argument("--backbone", default=BACKBONE, help="another than lite0, with random weights")
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     case = (SMALL if a.small else CASES)[a.case]
@@ -212,17 +234,20 @@ def main() -> None:
     rounds = []
     with tempfile.TemporaryDirectory(prefix="unfreeze-bench-") as scratch:
         manifest = write_images(Path(scratch) / "images", 24 if a.small else None)
+        backbone = bundled() if a.backbone == BACKBONE else random_weights(a.backbone, Path(scratch))
         for number in range(1 if a.small else a.rounds):
             folder = Path(scratch) / str(number)
             folder.mkdir()
             found = {}
             for arm in arms:
                 ours = arm == "ours"
-                found[arm] = run_ours(case, manifest, number, folder) if ours else run_peer(arm, case, manifest, number, folder, a.thin)
+                places = case, backbone, manifest, number, folder
+                found[arm] = run_ours(*places) if ours else run_peer(arm, *places, a.thin)
                 scaled = f", scaled from {found[arm]['measured_s']:.1f} s" if arm == "fifo" and a.thin > 1 else ""
                 print(f"round {number + 1}, {arm}: {found[arm]['seconds']:.1f} s{scaled}", flush=True)
             rounds.append(found)
-    answer = {"case": a.case, "small": a.small, "commit": commit, **report(case, rounds, [arm for arm in case.arms if arm not in arms])}
+    settings = {"case": a.case, "backbone": a.backbone, "small": a.small, "commit": commit}
+    answer = settings | report(case, rounds, [arm for arm in case.arms if arm not in arms])
     if a.json:
         a.json.write_text(json.dumps(answer, indent=1))
 
