@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 import uuid
 from typing import Any
@@ -46,6 +47,12 @@ def tells(watch: Watch, *, lines: list[str]) -> Plain:
         watch.on_progress(number + 1, len(lines))
         watch.say(line)
     return {}
+
+
+def lingers(_watch: Watch) -> Plain:
+    """Leaves a thread for which its process waits at its end."""
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    return {"done": True}
 
 
 def dies(_watch: Watch) -> Plain:

@@ -147,6 +147,12 @@ def test_a_job_that_ended_while_nobody_was_there_is_not_done_again(server: JobSe
     assert _count(folder, "started") == 2  # and asked once more, the work looks anew
 
 
+def test_a_result_is_taken_while_the_process_that_left_it_still_leaves(server: JobServer) -> None:
+    assert do(entries.lingers, {}, watch=Watch()) == {"done": True}
+    (job,) = [job for job in server.unfinished() if "lingers" in job.id]
+    server.stop(job.id)
+
+
 def test_an_interrupted_caller_stops_its_job(server: JobServer) -> None:
     folder = _new_folder()
 
