@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import psutil
 import pytest
 import torch
 
+from infra import lease
 from infra.committed_folder import commit, verify
 from infra.lease import this_machine
 from infra.object_store import S3ObjectStore, join_uri, object_store
@@ -200,6 +202,7 @@ def test_a_search_that_was_killed_at_work_is_not_waited_for(machine: Path, lab: 
         from ray_jobs import features_on_ray
 
         patch.setattr(features_on_ray, "object_store", lambda: store)
+        patch.setattr(lease, "Waiting", partial(lease.Waiting, patience_s=600.0))  # its death alone ends the wait
         threading.Timer(1.5, child.kill).start()
         said: list[str] = []
         assert cached(spec, dataset, backbone, said)["computed_images"] == images_of(dataset)

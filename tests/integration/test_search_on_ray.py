@@ -22,6 +22,7 @@ from PIL import Image
 from infra.committed_folder import commit, verify
 from infra.errors import UserError
 from infra.object_store import object_store
+from ray_jobs.search_engine import OVER_BUDGET
 from ray_jobs.spec import BackboneSpec, Spec, parse_spec
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # Ray's own warnings are not ours
@@ -270,7 +271,7 @@ def test_short_trials_share_the_first_actors(machine: Path, prepared: Any, sched
 
 def test_a_budget_ends_the_search_with_what_it_has(machine: Path, prepared: Any) -> None:
     result = run(machine, prepared, max_epochs=500, unfreeze_depth=[0, 1], scheduler="fifo", budget_s=6.0, seed=7)
-    assert {"stopped"} <= {detail["status"] for detail in result["trials_detail"]}
+    assert ("stopped", OVER_BUDGET) in {(detail["status"], detail["reason"]) for detail in result["trials_detail"]}
     assert result["best"]["accuracy"] > 0
 
 
