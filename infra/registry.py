@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from infra.tracking import client, translated
 
@@ -89,7 +89,7 @@ def set_tags(version: ModelVersion, tags: Mapping[str, str]) -> None:
     """Add tags to a version."""
     with translated():
         for key, value in tags.items():
-            client().set_model_version_tag(version.name, version.version, key, value)
+            _again_if_raced(client().set_model_version_tag, version.name, version.version, key, value)
 
 
 def newest(name: str) -> ModelVersion | None:
@@ -129,21 +129,31 @@ def names() -> list[str]:
 def set_model_tag(name: str, key: str, value: str) -> None:
     """Add a tag to a registered model."""
     with translated():
-        client().set_registered_model_tag(name, key, value)
+        _again_if_raced(client().set_registered_model_tag, name, key, value)
 
 
 def set_alias(name: str, alias: str, version: str) -> None:
-    """Let an alias name this version. Of two who set a new one at once MLflow lets one fail: that one tries again."""
-    from mlflow.exceptions import MlflowException
-
-    again = Retrying(
-        retry=retry_if_exception_type(MlflowException), stop=stop_after_attempt(5), wait=wait_random_exponential(0.05, 1.0), reraise=True
-    )
+    """Let an alias name this version."""
     with translated():
-        again(client().set_registered_model_alias, name, alias, version)
+        _again_if_raced(client().set_registered_model_alias, name, alias, version)
 
 
 def delete_alias(name: str, alias: str) -> None:
     """Let an alias name nothing."""
     with translated():
-        client().delete_registered_model_alias(name, alias)
+        _again_if_raced(client().delete_registered_model_alias, name, alias)
+
+
+def _again_if_raced(write: Callable[..., object], *args: str) -> None:
+    """Write to the registry; again where another did so at the same moment.
+
+    MLflow looks for a row and then inserts, changes or deletes it: of two who do so at once its database lets one fail, with BAD_REQUEST.
+    """
+    again = Retrying(retry=retry_if_exception(_raced), stop=stop_after_attempt(10), wait=wait_random_exponential(0.05, 1.0), reraise=True)
+    again(write, *args)
+
+
+def _raced(error: BaseException) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, MlflowException) and error.error_code == "BAD_REQUEST"
