@@ -87,8 +87,9 @@ def retrain(answer: dict[str, Any]) -> Panel:
         table.add_row("to answer", f"{command} (or --reject), until {request['expires_at']}")
     table.add_row("holdout", f"accuracy [bold]{_percent(scores['accuracy'])}[/] on {dataset['holdout']} images never trained on")
     table.add_row("found", f"{found}: best of {answer['search']['trials']} trials (val {_percent(best['accuracy'])})")
-    if answer["fit"]["chosen"] == "probe":
-        table.add_row("[yellow]negative transfer[/]", answer["fit"]["chosen_reason"])
+    fit = answer["fit"]
+    if fit["chosen"] == "probe" or fit.get("falls_short") or fit.get("fits", 1) > 1:  # an answer kept by an earlier version lacks them
+        table.add_row("[yellow]fit[/]", fit["chosen_reason"])
     table.add_row("data", f"{dataset['images']} images, {dataset['classes']} classes{quarantined} (version {dataset['version'][:8]})")
     table.add_row("published", f"{answer['publish']['uri']} ({answer['publish']['objects']} objects, verified)")
     table.add_row("report", answer.get("report_path") or answer["report"])

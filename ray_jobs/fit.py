@@ -33,7 +33,8 @@ from ray_jobs import augment, backbone, checkpoint, images, model_folder
 from ray_jobs.checkpoint import Checkpoint, CheckpointWriter, Tensors
 from ray_jobs.dataset import open_dataset
 from ray_jobs.fit_attempts import CALLED_AWAY, DONE, ROOM, End
-from ray_jobs.fit_plan import EpochRow, Plan, batches_of_share, choose, is_better, lr_at, part_of, rows_of_shares, steps_per_epoch
+from ray_jobs.fit_choice import choose
+from ray_jobs.fit_plan import EpochRow, Plan, batches_of_share, is_better, lr_at, part_of, rows_of_shares, steps_per_epoch
 from ray_jobs.images import Images, Range
 from ray_jobs.model_folder import Preprocessing
 from ray_jobs.share_buffers import ShareBuffers, summed

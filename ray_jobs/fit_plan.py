@@ -25,6 +25,8 @@ FIT_CODE_VERSION = 1
 
 WARMUP_SHARE = 0.15
 FIRST_LR_SHARE, LAST_LR_SHARE = 0.04, 0.001
+LEAST_IMAGES = 8
+"""A step of fewer images on a worker leaves it waiting for the others most of the time, and batch norm with poor statistics."""
 MEMORY_BUDGET_BYTES = 4 * 1024**3
 
 Ints = npt.NDArray[np.int64]
@@ -94,6 +96,11 @@ def rows_of_shares(total: int, shares: range, of: int) -> range:
     return range(part_of(total, shares[0], of).start, part_of(total, shares[-1], of).stop)
 
 
+def share_of_batch(batch_size: int, workers: int) -> int:
+    """Images a step on each worker: together a batch of the trial that found the learning rate, unless that leaves a worker too few."""
+    return max(LEAST_IMAGES, math.ceil(batch_size / workers))
+
+
 def steps_per_epoch(total: int, shares: int, batch_size: int) -> int:
     """Steps of one epoch, the same for each share."""
     return math.ceil(math.ceil(total / shares) / batch_size)
@@ -125,19 +132,6 @@ def is_better(row: EpochRow, best: EpochRow | None) -> bool:
     return best is None or best.val_loss is None or (row.val_accuracy, -row.val_loss) > (best.val_accuracy, -best.val_loss)
 
 
-def choose(best: EpochRow | None, plan: Plan) -> tuple[str, str]:
-    """What to register, the fit or the linear probe that it started from, and why in one sentence."""
-    if best is None or best.val_loss is None:
-        return "probe", "The fit diverged (its loss was no number), so the linear probe is kept."
-    fit, probe = (best.val_accuracy, -best.val_loss), (plan.probe_accuracy, -plan.probe_val_loss)
-    shown = f"{best.val_accuracy:.3f} against {plan.probe_accuracy:.3f} on val"
-    if fit[0] == probe[0]:
-        shown += f", by val loss {best.val_loss:.3f} against {plan.probe_val_loss:.3f}"
-    if fit < probe:
-        return "probe", f"Training depth {plan.unfreeze_depth} made the model worse than the linear probe ({shown}): negative transfer."
-    return "fit", f"The fit at depth {plan.unfreeze_depth} is at least as good as the linear probe ({shown})."
-
-
 def plan_fit(spec: Spec, dataset: Mapping[str, Any], backbone: Mapping[str, Any], search: Mapping[str, Any]) -> Plan:
     """The plan of a fit; its `fit_id` changes with everything that changes its result, and with nothing else."""
     best, probe = point_of(search["best"]), search["probe"]
@@ -145,7 +139,8 @@ def plan_fit(spec: Spec, dataset: Mapping[str, Any], backbone: Mapping[str, Any]
         "classes": tuple(dataset["classes"]), "backbone_name": backbone["name"],
         "probe_lr": probe["lr"], "probe_accuracy": probe["accuracy"], "probe_val_loss": probe["val_loss"],
         "unfreeze_depth": best.unfreeze_depth, "lr": best.lr,
-        "max_epochs": spec.fit_max_epochs, "patience": spec.fit.patience, "batch_size": spec.fit.batch_size_per_worker,
+        "max_epochs": spec.fit_max_epochs, "patience": spec.fit.patience,
+        "batch_size": spec.fit.batch_size_per_worker or share_of_batch(best.batch_size, spec.fit.num_workers),
         "weight_decay": best.weight_decay, "label_smoothing": best.label_smoothing, "layer_decay": best.layer_decay,
         "optimizer": best.optimizer, "augmentation_strength": best.augmentation_strength,
         "class_weights": spec.search.class_weights, "augmentation": spec.fit.augmentation, "seed": spec.search.seed,

@@ -232,9 +232,16 @@ class FitSpec(_Part):
     )
     max_epochs: int | None = Field(None, ge=1, le=10_000, description="Epochs at most; by default the search's max_epochs.")
     patience: int = Field(3, ge=1, description="Epochs without a better val accuracy before the fit stops early.")
-    batch_size_per_worker: int = Field(32, ge=2, le=4096, description="Images a step on each worker.")
+    batch_size_per_worker: int | None = Field(
+        None,
+        ge=2,
+        le=4096,
+        description="Images a step on each worker; by default the workers share the winning trial's batch, 8 each at least.",
+    )
     augmentation: Augmentation = Field(
-        "photo", description="photo: crop, mirror, colour; symbol: never mirrors (text, signs); aerial: any turn and mirror; none."
+        "photo",
+        description="photo: crop, mirror, colour; symbol: never mirrors (text, signs); aerial: any turn and mirror; none. "
+        "A fit that falls short of its trial in the search is made once more without.",
     )
 
     @model_validator(mode="after")

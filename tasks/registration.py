@@ -95,7 +95,7 @@ def _fit_record(spec: Spec, dataset: dict[str, Any], search: dict[str, Any], fit
         name=f"fit {fit['fit_id'][:8]}",
         tags=common_tags(spec, dataset)
         | {"unfreeze.kind": "fit", "unfreeze.search_id": search["search_id"], "unfreeze.chosen": fit["chosen"]},
-        params={"unfreeze_depth": fit["unfreeze_depth"], "lr": fit["lr"], "workers": fit["workers"], "augmentation": spec.fit.augmentation},
+        params={"unfreeze_depth": fit["unfreeze_depth"], "lr": fit["lr"], "workers": fit["workers"], "augmentation": fit["augmentation"]},
         metrics=[*metrics, Metric("seconds", float(fit["seconds"])), *metrics_of(fit)],
         started_ms=started_ms,
         ended_ms=max(at_ms, started_ms + int(1000 * fit["seconds"])),

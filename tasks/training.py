@@ -6,6 +6,7 @@ from typing import Any
 
 from infra import progress
 from ray_jobs import step_work
+from ray_jobs.fit_choice import CHOICE_CODE_VERSION
 from ray_jobs.spec import Spec
 from ray_jobs.watch import Watch
 from tasks.policies import step
@@ -20,6 +21,7 @@ def _key(spec: Spec, dataset: dict[str, Any], backbone: dict[str, Any], search: 
         dataset["version"],
         backbone["digest"],
         search["search_id"],
+        CHOICE_CODE_VERSION,
     ]
 
 

@@ -24,7 +24,8 @@ from ray_jobs.dataset import open_dataset
 from ray_jobs.evaluate import aligned, load_model, mistakes, probabilities
 from ray_jobs.fit import Asks, Augmented, Rank, Training, new_model, train
 from ray_jobs.fit_attempts import CALLED_AWAY, DONE, ROOM
-from ray_jobs.fit_plan import EpochRow, Plan, batches_of_share, choose, is_better, lr_at, part_of, plan_fit, rows_of_shares, steps_per_epoch
+from ray_jobs.fit_choice import choose
+from ray_jobs.fit_plan import EpochRow, Plan, batches_of_share, is_better, lr_at, part_of, plan_fit, rows_of_shares, steps_per_epoch
 from ray_jobs.spec import Spec
 from tests.fakes import MemoryObjectStore
 from tests.fit_worlds import FitWorld, make_world
@@ -144,6 +145,22 @@ def test_the_probe_is_kept_where_the_fit_is_worse(world: FitWorld, best: EpochRo
     assert found == chosen
     assert reason.endswith(".")
     assert reason.count(". ") == 0
+
+
+def test_a_head_that_is_no_better_than_the_probes_is_not_called_negative_transfer(world: FitWorld) -> None:
+    found, reason = choose(row(0.6, 1.1), world.plan(probe_accuracy=0.7, probe_val_loss=1.0, unfreeze_depth=0))
+    assert found == "probe"
+    assert "negative transfer" not in reason
+
+
+@pytest.mark.parametrize(("of_trial", "workers", "each"), [(32, 1, 32), (32, 2, 16), (64, 2, 32), (32, 3, 11), (32, 16, 8)])
+def test_the_workers_share_the_batch_of_the_trial(world: FitWorld, of_trial: int, workers: int, each: int) -> None:
+    fit = world.spec.fit.model_copy(update={"num_workers": workers, "batch_size_per_worker": None})
+    search = {**world.search, "best": {**world.search["best"], "batch_size": of_trial}}
+    dataset = {**world.dataset, "train": 1000}
+    assert plan_fit(world.spec.model_copy(update={"fit": fit}), dataset, world.backbone, search).batch_size == each
+    fit = fit.model_copy(update={"batch_size_per_worker": 5})
+    assert plan_fit(world.spec.model_copy(update={"fit": fit}), dataset, world.backbone, search).batch_size == 5
 
 
 def test_the_fit_id_changes_with_what_changes_the_result_and_with_nothing_else(world: FitWorld) -> None:

@@ -148,6 +148,17 @@ def test_negative_transfer_is_said_at_the_top() -> None:
     assert "Negative transfer" not in render(content())
 
 
+def test_a_fit_that_falls_short_of_its_trial_is_said_at_the_top_and_is_no_negative_transfer() -> None:
+    for chosen in ("fit", "probe"):
+        fit = {**content().fit, "falls_short": True, "augmentation": "none"}
+        html = render(content(chosen=chosen, chosen_reason="The fit reached 60% on val, its trial 90%.", fit=fit))
+        notice = html.index("falls short of its trial")
+        assert html.index("<h1>") < notice < html.index('id="decision"')
+        assert "its trial 90%." in html[notice : notice + 300]
+        assert "Negative transfer" not in html
+        assert "trained without augmentation" in html
+
+
 @pytest.mark.parametrize(
     "label", ["<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", '"><b>', "a & b", "😀/🙃", "caf\udce9", "\x00\x1b"]
 )
