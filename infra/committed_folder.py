@@ -119,9 +119,19 @@ def commit(
         done += size
         on_progress(done, total)
     keys = {join_uri(uri, entry.key) for entry in wanted.objects}
-    store.delete([info.uri for info in store.list(uri) if info.uri not in keys])
+    others = {info.uri for info in store.list(uri)} - keys
+    if join_uri(uri, MANIFEST) in others and _is_committed(store, uri, wanted):  # by another, meanwhile
+        others.remove(join_uri(uri, MANIFEST))
+    store.delete(sorted(others))
     store.write(join_uri(uri, MANIFEST), wanted.to_json())
     return Committed(wanted, len(to_send))
+
+
+def _is_committed(store: ObjectStore, uri: str, wanted: Manifest) -> bool:
+    try:
+        return read_manifest(store, uri) == wanted
+    except ValueError:
+        return False
 
 
 def verify(store: ObjectStore, uri: str) -> list[Problem]:

@@ -27,6 +27,7 @@ from infra.stack_file import Holder, Server, StackFile
 
 DEFAULT_STORAGE = "s3://unfreeze"
 POLL_S = 0.1
+SLOW_ANSWER_S = 20.0
 MAX_SCRATCH_CHARS = 40
 """Ray adds up to 66 characters for its sockets, and the system allows 107."""
 Claim = Callable[[Collection[str]], set[str]]
@@ -50,18 +51,22 @@ class Stack:
             return
         stack = stack_file.read(self._home)
         site, deadline = _site(self._home, stack), time.monotonic() + self._timeout_s
-        while not services.is_healthy(service, site):
+        while not self._is_ready(service, site, stack):
             if not stack.runs(service):
                 raise _failed(service, site, "ended before it answered")
             if time.monotonic() > deadline:
                 raise _failed(service, site, f"does not answer after {self._timeout_s:.0f} s")
             time.sleep(POLL_S)
-        if service == "s3":
-            services.ensure_buckets(site, {split_uri(uri)[0] for uri in (self._storage, *stack.artifacts.values())})
         _record_members(self._home, service)
         self._healthy.add(service)
         if service == "prefect":
             _have_worker(self._home)
+
+    def _is_ready(self, service: ServiceName, site: Site, stack: StackFile) -> bool:
+        if not services.is_healthy(service, site):
+            return False
+        uris = (self._storage, *stack.artifacts.values())
+        return service != "s3" or services.ensure_buckets(site, {split_uri(uri)[0] for uri in uris})
 
     def stays(self, service: ServiceName) -> bool:
         """Whether the service is the stack's own, and outlives this command."""
@@ -146,13 +151,31 @@ def status() -> dict[str, Any]:
     return {service: _describe(service, settings, stack, site) for service in SERVICES}
 
 
+def is_stopped(service: ServiceName) -> bool:
+    """Whether the service is the embedded one and does not run; one that is only slow to answer does."""
+    stack = stack_file.read(home_dir())
+    return _is_embedded(service, load(), stack) and not stack.runs(service)
+
+
 def _describe(service: ServiceName, settings: Settings, stack: StackFile, site: Site) -> dict[str, Any]:
     external = None if _is_embedded(service, settings, stack) else settings.external(service)
-    runs = external is None and stack.runs(service) and services.is_healthy(service, site)
+    runs = external is None and _answers(service, site, stack)
     where = external or (services.address(service, site.ports) if runs else None)
     facts = _facts(service, where, site if runs else None, stack)
     state = "external" if external else "running" if runs else "stopped"
     return {**facts, "state": state, "log": None if external else str(site.log(service))}
+
+
+def _answers(service: ServiceName, site: Site, stack: StackFile) -> bool:
+    """Whether the server answers. One whose processes live may only be slow: it is asked again for a while."""
+    deadline = time.monotonic() + SLOW_ANSWER_S
+    while stack.runs(service):
+        if services.is_healthy(service, site):
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return False
 
 
 def _facts(service: ServiceName, where: str | None, site: Site | None, stack: StackFile) -> dict[str, Any]:
@@ -206,7 +229,7 @@ def _start(home: Path, stack: StackFile, embedded: Collection[ServiceName], sett
             _end_worker(stack)  # it knows the old address
         stack.ports |= services.choose_ports(service, stack.ports)
     if s3_address is None and "s3" not in stack.ports:
-        stack.ports |= services.choose_ports("s3", {})  # MLflow is told where S3 will be, even where this command does not need S3
+        stack.ports |= services.choose_ports("s3", stack.ports)  # MLflow is told where S3 will be, even where this command does not need S3
     site = _site(home, stack, stack.artifacts[s3_address or "embedded"], settings.num_cpus)
     if not site.ray_token_file.exists():
         stack_file.write_private(site.ray_token_file, secrets.token_hex(32))

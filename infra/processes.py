@@ -47,7 +47,7 @@ def family(known: Iterable[ProcessRecord]) -> list[ProcessRecord]:
 
 def named(known: Iterable[ProcessRecord], names: Collection[str]) -> list[ProcessRecord]:
     """Those of `known` that live and whose program has one of these names."""
-    return [one for one in known if (process := _living(one)) is not None and process.name() in names]
+    return [one for one in known if _name(one) in names]
 
 
 def end(known: Iterable[ProcessRecord], grace_s: float) -> None:
@@ -67,6 +67,15 @@ def end_by_grace(known_by_grace_s: Mapping[float, list[ProcessRecord]]) -> None:
                 _send(_family(known), signal.SIGKILL)
         time.sleep(POLL_S)
         left = {grace_s: known for grace_s, known in left.items() if _family(known)}
+
+
+def _name(known: ProcessRecord) -> str | None:
+    """The name of its program; None where it does not live (it may end while it is asked)."""
+    try:
+        process = _living(known)
+        return None if process is None else str(process.name())
+    except psutil.NoSuchProcess:
+        return None
 
 
 def _living(known: ProcessRecord) -> psutil.Process | None:

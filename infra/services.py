@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import shutil
 import socket
 import sys
-import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ HOST = "127.0.0.1"
 REGION = "us-east-1"
 OBJECT_STORE_BYTES = 1 << 30
 CHECK_TIMEOUT_S = 3.0
+OWN_PORTS = (20_000, 32_768)
 PORTS: dict[ServiceName, tuple[str, ...]] = {
     "s3": ("s3",),
     "mlflow": ("mlflow",),
@@ -149,8 +151,13 @@ def prepare(service: ServiceName, site: Site) -> None:
 
 
 def choose_ports(service: ServiceName, last: dict[str, int]) -> dict[str, int]:
-    """A free loopback port for each of the service's ports: last time's where it is free."""
-    return {name: last[name] if name in last and _is_free(last[name]) else _free_port() for name in PORTS[service]}
+    """A free loopback port for each of the service's ports. `last`: last time's, of all services; taken again where free and no other's."""
+    chosen = dict(last)
+    for name in PORTS[service]:
+        taken = {port for other, port in chosen.items() if other != name}
+        if name not in chosen or chosen[name] in taken or not _is_free(chosen[name]):
+            chosen[name] = _free_port(taken)
+    return {name: chosen[name] for name in PORTS[service]}
 
 
 def new_credentials() -> tuple[str, str]:
@@ -244,10 +251,11 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+def _free_port(taken: Collection[int]) -> int:
+    """One that neither the kernel gives to whoever asks for any (our server binds it some seconds from now) nor Ray to its workers."""
+    while (port := random.SystemRandom().randrange(*OWN_PORTS)) in taken or not _is_free(port):
+        pass
+    return port
 
 
 def _get(url: str) -> bytes:
@@ -256,7 +264,7 @@ def _get(url: str) -> bytes:
     try:
         with opener.open(url, timeout=CHECK_TIMEOUT_S) as answer:
             return bytes(answer.read())
-    except (OSError, urllib.error.URLError):
+    except (OSError, HTTPException):  # what is no HTTP is another's server
         return b""
 
 
@@ -270,13 +278,22 @@ def _serves_s3(site: Site) -> bool:
     return True
 
 
-def ensure_buckets(site: Site, buckets: Iterable[str]) -> None:
-    """Make what buckets are missing on the embedded S3: by its own interface, because it remembers folders that it has listed."""
+def ensure_buckets(site: Site, buckets: Iterable[str]) -> bool:
+    """Make what buckets are missing on the embedded S3: by its own interface, because it remembers folders that it has listed.
+
+    False where it did not answer in time, as on a machine that has too much to do.
+    """
+    from botocore.exceptions import BotoCoreError
+
     client = _s3_client(site)
-    there = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
-    for bucket in set(buckets) - there:
-        with suppress(client.exceptions.BucketAlreadyExists):  # by another command, since
-            client.create_bucket(Bucket=bucket)
+    try:
+        there = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
+        for bucket in set(buckets) - there:
+            with suppress(client.exceptions.BucketAlreadyExists):  # by another command, since
+                client.create_bucket(Bucket=bucket)
+    except BotoCoreError:
+        return False
+    return True
 
 
 def _s3_client(site: Site) -> S3Client:

@@ -118,7 +118,9 @@ def remove(copy: LocalCopy) -> bool:
     try:
         with FileLock(f"{copy.path}.lock", timeout=0):
             aside = copy.path.with_suffix(".gone")
-            copy.path.rename(aside)
+            if aside != copy.path:
+                shutil.rmtree(aside, ignore_errors=True)  # of one that was killed here
+                copy.path.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
             return True
     except (Timeout, OSError):

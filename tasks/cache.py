@@ -15,7 +15,7 @@ from infra.errors import UserError
 from infra.object_store import ObjectStore, join_uri, object_store
 from infra.settings import cache_bytes, cache_dir
 from ray_jobs import feature_cache
-from ray_jobs.feature_batches import CONFIG, drop, open_selection
+from ray_jobs.feature_batches import CONFIG, DamagedError, drop, open_selection
 from ray_jobs.feature_cache import LocalCopy
 from tasks.left_behind import DAY_S, abandoned, folders
 
@@ -131,13 +131,19 @@ def _kept(digest: str, configs: Sequence[dict[str, Any]], size_bytes: int, used_
 
 
 def _selections_of(store: ObjectStore, storage: str, batches: set[str]) -> list[str]:
-    """The selections that need one of these batches."""
+    """The selections that need one of these batches, and those that cannot be read any more."""
     found = []
     for uri in store.folders(join_uri(storage, "features") + "/"):
         if "-" not in uri.rpartition("/")[2]:
-            with suppress(FileNotFoundError):
-                if batches.intersection(batch for batch, _ in open_selection(store, uri).batches):
-                    found.append(uri)
+            try:
+                needed = [batch for batch, _ in open_selection(store, uri).batches]
+            except FileNotFoundError:  # another has just thrown it away
+                continue
+            except DamagedError:
+                found.append(uri)
+                continue
+            if batches.intersection(needed):
+                found.append(uri)
     return found
 
 

@@ -30,7 +30,7 @@ WATCHED = "It is watched for a minute, and set to Crashed if it shows no sign; f
 
 def at_work() -> list[str] | None:
     """The names of the flow runs that may be at work, all but those known to be dead; None where Prefect cannot be asked."""
-    if local_stack.status()["prefect"]["state"] == "stopped":
+    if local_stack.is_stopped("prefect"):
         return []  # whoever works on an embedded stack keeps its Prefect up
     with suppress(UnfreezeError), prefect_client() as client:
         return [flow_run.name for flow_run in _living(client)]
@@ -39,7 +39,7 @@ def at_work() -> list[str] | None:
 
 def flow_runs() -> Iterator[Finding]:
     """Those that Prefect takes for RUNNING, where it can be asked; what is wrong with Prefect itself was said already."""
-    if local_stack.status()["prefect"]["state"] == "stopped":
+    if local_stack.is_stopped("prefect"):
         return
     with suppress(UnfreezeError), prefect_client() as client:
         for flow_run in list(in_states(client, StateType.RUNNING)):
@@ -127,7 +127,7 @@ def _runs(flow_run: FlowRun) -> bool:
 
 def _state_of(flow_run_id: str) -> FlowRun | None:
     """The flow run; None where this Prefect does not know it, or cannot be asked."""
-    if not flow_run_id or local_stack.status()["prefect"]["state"] == "stopped":
+    if not flow_run_id or local_stack.is_stopped("prefect"):
         return None
     with suppress(ServiceError, ValueError), prefect_client() as client:
         try:

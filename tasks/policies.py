@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from prefect import Task, task
@@ -12,6 +13,7 @@ from prefect._internal.result_records import ResultRecord
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext, TaskRunContext
+from prefect.exceptions import ObjectAlreadyExists
 from prefect.filesystems import WritableFileSystem
 from prefect.results import ResultStore
 from prefect.serializers import JSONSerializer
@@ -99,7 +101,11 @@ def results_kept(spec: Spec) -> Iterator[None]:
 
 def _result_storage(spec: Spec) -> StepResults:
     block = StepResults(basepath=join_uri(spec.storage, "steps"))
-    block.save(f"unfreeze-{digest_of(spec.storage)[:12]}", overwrite=True)
+    save = partial(block.save, f"unfreeze-{digest_of(spec.storage)[:12]}", overwrite=True)
+    try:
+        save()
+    except ObjectAlreadyExists:  # another first command registered the block's type at the same moment
+        save()
     return block
 
 

@@ -156,3 +156,29 @@ def test_a_folder_with_a_damaged_manifest_is_simply_written_again() -> None:
     store.write(f"{URI}/{MANIFEST}", b'{"objects": [{"key": "../evil", "size": 1, "sha256": "0"}]}')
     commit(store, URI, FILES)
     assert verify(store, URI) == []
+
+
+def test_what_another_commits_meanwhile_stays_committed_where_it_is_the_same() -> None:
+    store, manifests = MemoryObjectStore(), []
+
+    def another_commits(uri: str) -> None:
+        store.before_write = lambda uri: manifests.append(store.exists(f"{URI}/{MANIFEST}"))
+        commit(store, URI, FILES)
+        assert read_manifest(store, URI) is not None
+
+    store.before_write = another_commits
+    commit(store, URI, FILES)
+    assert manifests[-1]  # when the slower one writes its own manifest, the faster one's is still there
+    assert verify(store, URI) == []
+
+
+def test_what_another_commits_meanwhile_goes_where_it_is_something_else() -> None:
+    store, manifests = MemoryObjectStore(), []
+
+    def another_commits(uri: str) -> None:
+        store.before_write = lambda uri: manifests.append(store.exists(f"{URI}/{MANIFEST}"))
+        commit(store, URI, {"a": b"other"})
+
+    store.before_write = another_commits
+    commit(store, URI, FILES)
+    assert not manifests[-1]

@@ -104,3 +104,16 @@ def _runs(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_a_process_that_ends_while_it_is_asked_for_its_name_has_none(
+    started: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leader, _ = _start(started, PARENT_OF_ONE)
+    assert processes.named([leader], [psutil.Process(leader.pid).name()]) == [leader]
+
+    def ended(self: psutil.Process) -> str:
+        raise psutil.NoSuchProcess(self.pid)
+
+    monkeypatch.setattr(psutil.Process, "name", ended)
+    assert processes.named([leader], ["python"]) == []
