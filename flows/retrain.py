@@ -28,10 +28,12 @@ from tasks.registration import register_model
 from tasks.report_content import example_image, record_evaluation, render_report
 from tasks.search import past_points, record_search, run_search, winner
 from tasks.training import fit_winner
+from tasks.turns import with_turn
 
 
 @flow(name="retrain", flow_run_name="retrain {spec.name}", persist_result=False, validate_parameters=True)
 @with_heartbeat
+@with_turn
 @with_account
 def retrain(spec: Spec) -> dict[str, Any]:
     """Find, fit, judge and publish the next version of one model; what `retrain --json` prints."""

@@ -18,10 +18,12 @@ from tasks.outcome import search_outcome
 from tasks.planning import plan_search
 from tasks.report_content import report_search
 from tasks.search import past_points, record_search, run_search
+from tasks.turns import with_turn
 
 
 @flow(name="search", flow_run_name="search {spec.name}", persist_result=False, validate_parameters=True)
 @with_heartbeat
+@with_turn
 @with_account
 def search(spec: Spec) -> dict[str, Any]:
     """Search unfreeze depth and learning rate; what `search --json` prints."""

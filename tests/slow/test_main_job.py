@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,24 @@ def test_a_job_killed_in_its_search_carries_on_and_leaves_nothing_running(site: 
     runs = client.search_runs([experiment.experiment_id])
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert len([run for run in runs if run.data.tags["unfreeze.kind"] == "trial"]) == 6
+
+
+def test_of_two_equal_commands_at_once_the_later_waits_and_finds_it_done(site: Site) -> None:
+    spec = site.spec("pair", search__lr=[3e-3], search__max_epochs=1, fit__max_epochs=1)
+    with ThreadPoolExecutor(2) as pool:
+        done = [future.result() for future in [pool.submit(site.run, "retrain", spec, "--json") for _ in range(2)]]
+    answers = [json.loads(one.stdout) for one in done]
+    assert sorted(answer["status"] for answer in answers) == ["promoted", "skipped"]
+    waited = next(one for one, answer in zip(done, answers, strict=True) if answer["status"] == "skipped")
+    assert "which works on the same spec" in " ".join(waited.stderr.split())
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(site.status["mlflow"]["uri"])
+    assert [version.version for version in client.search_model_versions("name = 'pair'")] == ["1"]
+    experiment = client.get_experiment_by_name("pair")
+    assert experiment is not None
+    kinds = [run.data.tags["unfreeze.kind"] for run in client.search_runs([experiment.experiment_id])]
+    assert sorted(kinds) == ["evaluation", "fit", "search", "trial", "trial"]
 
 
 @pytest.mark.parametrize(
