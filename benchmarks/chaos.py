@@ -220,7 +220,7 @@ def undisturbed(site: Site, scheduler: str) -> Undisturbed:
     spec = site.spec(f"undisturbed-{scheduler}", scheduler)
     started = time.monotonic()
     command = site.start(spec)
-    if code := command.wait():
+    if (code := command.wait()) != 0:  # None: it hung
         raise RuntimeError(f"exit {code}: {command.lines[-3000:]}")
     seconds = time.monotonic() - started
     answer = json.loads(command.out.read_text())

@@ -32,19 +32,20 @@ class Finished:
     steps: Mapping[str, int]
     folders: Mapping[str, int]
     epochs: Mapping[int, Sequence[Json]]
-    fit_epochs: Sequence[Json]
+    fit_epochs: Mapping[str, Sequence[Json]]
 
     def __str__(self) -> str:
         trials = sum(len(rows) for rows in self.epochs.values())
-        return f"{len(self.steps)} steps, {len(self.folders)} folders, {trials} + {len(self.fit_epochs)} epochs"
+        return f"{len(self.steps)} steps, {len(self.folders)} folders, {trials} + {sum(map(len, self.fit_epochs.values()))} epochs"
 
 
 def finished(root: Path) -> Finished:
     """What is finished below the storage `root`, read as files: the server may just have been killed."""
     steps = {path.name: path.stat().st_mtime_ns for path in root.glob("steps/*")}
     folders = {str(path.parent.relative_to(root)): path.stat().st_mtime_ns for path in root.rglob(MANIFEST) if _json(path)}
-    states = [_json(path) for path in sorted(root.glob("fits/*/checkpoints/epoch-*/state.json")) if (path.parent / MANIFEST).exists()]
-    return Finished(steps, folders, _journal(root), next((state["history"] for state in reversed(states) if state), []))
+    written = [path for path in sorted(root.glob("fits/*/checkpoints/epoch-*/state.json")) if (path.parent / MANIFEST).exists()]
+    fits = {path.parents[2].name: state["history"] for path in written if (state := _json(path))}  # the last one's counts
+    return Finished(steps, folders, _journal(root), fits)
 
 
 def done_again(before: Finished, root: Path) -> list[str]:
@@ -55,12 +56,17 @@ def done_again(before: Finished, root: Path) -> list[str]:
         gone = name not in now.folders and "/checkpoints/" in name  # old ones are thrown away
         if not gone and not name.startswith("models/") and now.folders.get(name) != at:  # a version's folder waits for its report
             found.append(f"{name} was written again")
-    search, fit = (_only(root, pattern) for pattern in ("searches/*/result.json", "fits/*/result.json"))
+    search, fits = _only(root, "searches/*/result.json"), _fits(root)
     trials = {int(trial["trial_id"]): trial for trial in search["trials_detail"]}
     found += [f"trial {i} ran again" for i, rows in before.epochs.items() if i not in trials or not _begins(trials[i], rows)]
-    if fit["curve"][: len(before.fit_epochs)] != before.fit_epochs:
+    if any(fits.get(fit_id, [])[: len(rows)] != rows for fit_id, rows in before.fit_epochs.items()):
         found.append("epochs of the fit ran again")
     return found
+
+
+def _fits(root: Path) -> dict[str, list[Json]]:
+    """The epochs of each fit by its id; there are two where the first fell short of its trial."""
+    return {path.parent.name: (_json(path) or {}).get("curve", []) for path in sorted(root.glob("fits/*/result.json"))}
 
 
 def _begins(trial: Json, rows: Sequence[Json]) -> bool:
@@ -81,7 +87,7 @@ def _journal(root: Path) -> dict[int, list[Json]]:
 
 def outcome(answer: Json, root: Path) -> Json:
     """What a round found, without its times, names and places; with the digests of what it published."""
-    search, fit = (_only(root, pattern) for pattern in ("searches/*/result.json", "fits/*/result.json"))
+    search = _only(root, "searches/*/result.json")
     trials = sorted(search["trials_detail"], key=lambda trial: int(trial["trial_id"]))
     for trial in trials:
         trial.pop("epochs_run", None)  # how far a trial had come when it was judged is chance
@@ -89,7 +95,7 @@ def outcome(answer: Json, root: Path) -> Json:
     weights = {row["key"]: row["sha256"] for row in published["objects"] if row["key"] not in ("report.html", "lineage.json")}
     parts: Json = {
         "dataset": answer["dataset"], "search_id": answer["search"]["search_id"], "best": search["best"], "trials": trials,
-        "fit": fit["curve"], "chosen": [answer["fit"][key] for key in ("workers", "epochs", "accuracy", "chosen")],
+        "fit": _fits(root), "chosen": [answer["fit"][key] for key in ("workers", "epochs", "accuracy", "chosen")],
         "evaluation": answer["evaluation"], "decision": answer["decision"],
         "version": [answer["model"]["version"], answer["model"]["champion_version"]], "published": weights,
     }  # fmt: skip

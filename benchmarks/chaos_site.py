@@ -33,7 +33,7 @@ from tests.faults import FaultProxy, JumpingClock, SmallDisk
 UNFREEZE, RCLONE = (str(Path(sys.executable).with_name(name)) for name in ("unfreeze", "rclone"))
 BUCKET = "unfreeze"
 CACHE_BYTES = 192 * 2**20
-TIMEOUT_S = 420.0
+TIMEOUT_S = 1800.0
 POLL_S = 0.02
 ROUND = "UNFREEZE_CHAOS_ROUND"
 """In the environment of a round's commands, by which their processes are found."""

@@ -264,11 +264,11 @@ def _was_preempted(error: BaseException | None) -> bool:
 
 
 def _says_why(error: BaseException | None, workers: int) -> bool:
-    """Whether a worker's death itself is among the causes, not only that its peers lost it."""
-    from ray.exceptions import RayActorError
+    """Whether a worker's death itself is among the causes, not only that its peers lost it, or that it does not answer."""
+    from ray.exceptions import ActorUnavailableError, RayActorError
 
-    causes = _causes(error)
-    return len(causes) == workers or _own_error(error) is not None or any(isinstance(cause, RayActorError) for cause in causes.values())
+    causes = [cause for cause in _causes(error).values() if not isinstance(cause, ActorUnavailableError)]
+    return len(causes) == workers or _own_error(error) is not None or any(isinstance(cause, RayActorError) for cause in causes)
 
 
 def _own_error(error: BaseException | None) -> UnfreezeError | None:

@@ -77,7 +77,7 @@ class SearchTrial(tune.Trainable):
         the start of a process, one actor would do them all, and the others would be started and killed for ever.
         """
         self.met = True
-        meeting, until = self.shared["meeting"], time.monotonic() + MEETING_S
+        meeting, until = self.shared["meeting"], time.monotonic() + self.shared["meeting_s"]
         internal_kv._internal_kv_put(f"{meeting}{self.key}", b"here")
         while len(internal_kv._internal_kv_list(meeting)) < self.shared["actors"] and time.monotonic() < until:
             time.sleep(0.01)
@@ -233,7 +233,7 @@ def drive_tune(
     _keep_keys_apart()
     with _quiet(lanes), tempfile.TemporaryDirectory(prefix="unfreeze-tune-") as scratch:
         proposals.start_ahead(shared)
-        given = {**shared, "meeting": f"unfreeze-meeting-{uuid.uuid4().hex}-", "actors": len(proposals.ahead)}
+        given = {**shared, "meeting": f"unfreeze-meeting-{uuid.uuid4().hex}-", "meeting_s": MEETING_S, "actors": len(proposals.ahead)}
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(SearchTrial, shared=given), dict(slot)),
             tune_config=tune.TuneConfig(

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,8 @@ def test_an_answer_whose_worker_was_killed_at_work_is_carried_out_by_the_next(ho
         first = stack_file.read(home).worker
         assert first is not None
         for member in (psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)):
-            member.kill()
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
         client.resume_flow_run(page, YES)
         client.set_flow_run_state(page, Running(), force=True)  # as a killed process leaves it
     with stack() as client:

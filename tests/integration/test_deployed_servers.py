@@ -6,6 +6,7 @@ S3 and Ray are left out: what they are given is in tests/unit/test_manifests.py,
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -41,9 +42,10 @@ class Site:
 
     def here(self, text: str) -> str:
         """A word of the compose file, with the hosts and ports of this machine."""
-        hosts = {"postgres": "5432", "mlflow": "5000", "prefect": "4200", "worker": "8080"}
-        for name, port in hosts.items():
-            text = text.replace(f"@{name}:", "@127.0.0.1:").replace(f"//{name}:", "//127.0.0.1:").replace(port, str(self.ports[name]))
+        hosts = {"5432": "postgres", "5000": "mlflow", "4200": "prefect", "8080": "worker"}
+        for name in hosts.values():
+            text = text.replace(f"@{name}:", "@127.0.0.1:").replace(f"//{name}:", "//127.0.0.1:")
+        text = re.sub("|".join(hosts), lambda port: str(self.ports[hosts[port.group()]]), text)
         return text.replace("0.0.0.0", "127.0.0.1")
 
     def environment(self, service: str) -> dict[str, str]:

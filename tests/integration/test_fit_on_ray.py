@@ -99,7 +99,9 @@ def test_two_workers_train_what_is_not_frozen_and_the_result_is_kept(
 
 def test_a_fit_whose_worker_is_killed_equals_an_undisturbed_one(world: FitWorld, store: S3ObjectStore) -> None:
     """The same spec twice: once left alone, once with rank 1's process killed after the first checkpoint."""
-    undisturbed = fitted(world, seeded(world, 1))
+    spec = seeded(world, 1)
+    spec = spec.model_copy(update={"fit": spec.fit.model_copy(update={"max_epochs": 12, "patience": 12})})  # the kill is not too late
+    undisturbed = fitted(world, spec)
     weights = weights_at(undisturbed["fit_model_uri"])
     for info in list(store.list(undisturbed["uri"])):
         store.delete([info.uri])
@@ -109,18 +111,26 @@ def test_a_fit_whose_worker_is_killed_equals_an_undisturbed_one(world: FitWorld,
         root, deadline = f"{undisturbed['uri']}/checkpoints", time.monotonic() + 300
         while time.monotonic() < deadline and not checkpoint.epochs(store, root):
             time.sleep(0.02)
-        children = psutil.Process().children(recursive=True)
-        ours = [child for child in children if "RayTrainWorker" in " ".join([child.name(), *child.cmdline()])]
+        ours = [child for child in psutil.Process().children(recursive=True) if "RayTrainWorker" in _title(child)]
         ours[-1].kill()
         killed.append(ours[-1].pid)
 
     thread = threading.Thread(target=kill_a_worker, daemon=True)
     thread.start()
-    again = fitted(world, seeded(world, 1))
+    said: list[str] = []
+    again = run_fit(spec, world.dataset, world.backbone, world.search, Watch(say=said.append))
     thread.join()
     assert killed
+    assert any(line.startswith("The fit goes on after") for line in said)
     assert without_times(again) == without_times(undisturbed)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_at(again["fit_model_uri"]).items())
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join([process.name(), *process.cmdline()])
+    except psutil.NoSuchProcess:
+        return ""
 
 
 class DyingBackend(_TorchBackend):

@@ -16,7 +16,7 @@ ENTRY = {"number", "at", "by", "verdict", "from", "to", "reason", "evidence_uri"
 LENIENT = {"promotion": {"min_gain": -1.0, "class_floor": 1.0, "ece_floor": 1.0, "log_loss_floor": 35.0, "probe": "off"}}
 """Rules that every model passes: these tests are about what follows."""
 MANUAL = {"promotion": {**LENIENT["promotion"], "approval": "manual", "approver_differs": True}}
-ANSWER_WITHIN_S = 90
+ANSWER_WITHIN_S = 600
 
 
 @pytest.fixture(scope="module")

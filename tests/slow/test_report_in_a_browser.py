@@ -68,6 +68,7 @@ class Opened:
 
     def __init__(self, browser: Browser, path: Path, *, width: int, scheme: str = "light") -> None:
         self.page: Page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)  # type: ignore[arg-type]
+        self.page.set_default_timeout(600_000)
         self.complaints: list[str] = []
         self.requests: list[str] = []
         self.page.on("console", lambda message: self.complaints.append(f"{message.type}: {message.text}"))

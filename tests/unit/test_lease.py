@@ -105,7 +105,7 @@ def test_two_who_start_at_once_have_it_one_after_the_other() -> None:
     store, inside, most = MemoryObjectStore(), [], []
 
     def work() -> None:
-        with hold(store, URI, lambda holder: None, QUICK):
+        with hold(store, URI, lambda holder: None, replace(QUICK, settle_s=0.5, patience_s=60.0)):
             inside.append(1)
             most.append(len(inside))
             time.sleep(0.05)
