@@ -146,6 +146,7 @@ def test_negative_transfer_is_said_at_the_top() -> None:
     assert html.index("<h1>") < notice < html.index('id="decision"')
     assert "The fit reached 60% on val, the probe 70%." in html[notice : notice + 300]
     assert "Negative transfer" not in render(content())
+    assert "Negative transfer" not in render(content(chosen="probe", fit={**content().fit, "unfreeze_depth": 0}))
 
 
 def test_a_fit_that_falls_short_of_its_trial_is_said_at_the_top_and_is_no_negative_transfer() -> None:
