@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from infra import committed_folder, local_stack, logs, progress, ray_cluster, settings
+from infra import committed_folder, local_stack, logs, progress, ray_cluster, reachability, settings
 from infra.errors import UnfreezeError, UserError
 from infra.local_stack import Stack
 from infra.object_store import object_store, split_uri
@@ -206,6 +206,8 @@ def services(storage: str, command: str) -> Iterator[None]:
         exits.enter_context(_end_logged())
         with accounts.looking_for_services(), progress.step("Finding or starting the services"):
             stack = exits.enter_context(local_stack.session(SERVICES, storage=storage))
+            here = settings.load()
+            reachability.require_answers({"mlflow": here.external("mlflow"), "prefect": here.external("prefect")})
         _log_where_the_others_log()
         exits.callback(_send_logs)
         if in_this_process():

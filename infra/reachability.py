@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-from infra import ray_cluster
-from infra.errors import UnfreezeError
+from infra import addresses, ray_cluster
+from infra.errors import ServiceError, UnfreezeError
+from infra.patience import GaveUp, Notice, keep_trying
 from infra.s3_client import new_client
 from infra.settings import ServiceName
 
 TIMEOUT_S = 10.0
+ANSWERS_WITHIN_S = 30.0
+NEEDED: dict[ServiceName, tuple[str, str]] = {"mlflow": ("MLflow", "MLFLOW_TRACKING_URI"), "prefect": ("Prefect", "PREFECT_API_URL")}
+"""Services whose own clients notice late that nobody answers, by name and variable."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,32 @@ def ask(service: ServiceName, status: dict[str, Any]) -> Answer:
         return Answer(version, 1000 * (time.perf_counter() - started))
     except (httpx.HTTPError, UnfreezeError, ValueError, OSError) as error:
         return Answer(problem=str(error) or type(error).__name__)
+
+
+def require_answers(named: Mapping[ServiceName, str | None]) -> None:
+    """Return when each of these servers answers anything at all: a search takes hours, and MLflow is needed at its end.
+
+    Raises ServiceError naming one that has not answered for half a minute.
+    """
+    for service, address in named.items():
+        if address and address.startswith("http"):
+            _require_answer(*NEEDED[service], address)
+
+
+def _require_answer(name: str, variable: str, address: str) -> None:
+    where = f"{name} at {addresses.shown(address)}"
+
+    def attempt() -> None:
+        httpx.get(address, timeout=TIMEOUT_S, verify=False)
+
+    try:
+        keep_trying(
+            attempt, passes_by=lambda error: isinstance(error, httpx.TransportError), deadline_s=ANSWERS_WITHIN_S, notice=Notice(where)
+        )
+    except GaveUp as error:
+        raise ServiceError(
+            f"{where} does not answer: {error.__cause__}", f"Check {variable} and that the server is up."
+        ) from error.__cause__
 
 
 def _request(service: ServiceName, status: dict[str, Any]) -> str | None:

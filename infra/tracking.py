@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -83,8 +84,16 @@ def translated() -> Iterator[None]:
     except MlflowException as error:
         where = shown(os.environ.get("MLFLOW_TRACKING_URI", ""))
         raise ServiceError(
-            f"MLflow at {where} refused or did not answer: {error}", "Check MLFLOW_TRACKING_URI and that the server is up."
+            f"MLflow at {where} refused or did not answer: {_reason(error)}", "Check MLFLOW_TRACKING_URI and that the server is up."
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the operating system said where it was that; else MLflow's own words, which wrap it in half a page."""
+    root = error
+    while cause := root.__cause__ or root.__context__:
+        root = cause
+    return str(root if isinstance(root, ConnectionError | TimeoutError | socket.gaierror) else error)
 
 
 TRAINING_PAGE = {"mlflow.experimentKind": "custom_model_development"}

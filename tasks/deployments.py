@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectExcep
 from prefect.states import Failed, Scheduled
 from prefect.workers.process import ProcessWorker
 
+from infra.addresses import shown
 from infra.errors import ServiceError
 
 POOL = "unfreeze"
@@ -53,7 +55,10 @@ def prefect_errors() -> Iterator[None]:
     try:
         yield
     except (httpx.HTTPError, PrefectException) as error:
-        raise ServiceError(f"Prefect failed: {error}", "Run the command again; where it fails again, look at Prefect's log.") from error
+        where = shown(os.environ.get("PREFECT_API_URL", "its address"))
+        raise ServiceError(
+            f"Prefect at {where} failed: {error}", "Run the command again; where it fails again, look at Prefect's log."
+        ) from error
 
 
 def have_pool(client: SyncPrefectClient) -> None:

@@ -14,8 +14,9 @@ from tasks.deployments import prefect_errors
 
 
 @pytest.mark.parametrize("error", [httpx.ConnectError("refused"), httpx.ReadTimeout("late"), PrefectException("no")])
-def test_a_prefect_that_fails_is_a_failed_service(error: Exception) -> None:
-    with pytest.raises(ServiceError, match="Prefect failed"), prefect_errors():
+def test_a_prefect_that_fails_is_a_failed_service_with_its_address(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://me:secret@prefect.test/api")
+    with pytest.raises(ServiceError, match=r"Prefect at http://prefect\.test/api failed"), prefect_errors():
         raise error
 
 
