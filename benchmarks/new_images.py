@@ -56,7 +56,7 @@ class Retraining:
         self.storage, self.backbone, self.clock = storage, backbone, clock
 
     def spec(self, manifest: Path) -> Any:
-        from ray_jobs.spec import parse_spec
+        from ray_jobs.spec_file import parse_spec
 
         data = {"source": str(manifest), "image_size": 96}
         search = {"unfreeze_depth": list(DEPTHS)}

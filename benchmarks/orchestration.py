@@ -28,7 +28,7 @@ TIMEOUT_S = 800
 EMPTY = """
 import pathlib, sys, time
 from flows import commands
-from ray_jobs.spec import load_spec
+from ray_jobs.spec_file import load_spec
 
 spec, count = load_spec(pathlib.Path(sys.argv[1]), []), int(sys.argv[2])
 with commands.services(spec.storage, "a benchmark"):

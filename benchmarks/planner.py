@@ -38,7 +38,7 @@ class Workload:
         self.dataset, self.backbone = prepared(self.spec)
 
     def spec_in(self, storage: str) -> Any:
-        from ray_jobs.spec import parse_spec
+        from ray_jobs.spec_file import parse_spec
 
         return parse_spec({**self.content, "storage": storage})
 

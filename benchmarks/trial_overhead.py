@@ -31,7 +31,7 @@ class Search:
         from infra.progress import ignore
         from ray_jobs.features_on_ray import cache_features
         from ray_jobs.search_on_ray import run_search
-        from ray_jobs.spec import parse_spec
+        from ray_jobs.spec_file import parse_spec
         from ray_jobs.workers import lanes
 
         self.number += 1

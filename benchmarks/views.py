@@ -21,7 +21,7 @@ def run(manifest: Any, views: int, seed: int, *, small: bool) -> dict[str, Any]:
     from infra.progress import ignore
     from ray_jobs.features_on_ray import cache_features
     from ray_jobs.search_on_ray import run_search
-    from ray_jobs.spec import parse_spec
+    from ray_jobs.spec_file import parse_spec
 
     search = {
         "unfreeze_depth": list(DEPTHS), "lr": [1e-2, 3e-3, 1e-3], "max_epochs": 2 if small else 8, "scheduler": "fifo", "searcher": "grid",

@@ -30,7 +30,7 @@ class Night:
         self.seed, self.image_size = seed, 64 if small else 96
 
     def spec(self, manifest: Any, seed: int, *, warm_start: bool = False) -> Any:
-        from ray_jobs.spec import parse_spec
+        from ray_jobs.spec_file import parse_spec
 
         return parse_spec({
             "name": f"night-{self.seed}", "data": {"source": str(manifest), "image_size": self.image_size}, "backbone": LITE0,

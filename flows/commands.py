@@ -19,7 +19,8 @@ from infra.local_stack import Stack
 from infra.object_store import object_store, split_uri
 from infra.settings import SERVICES
 from ray_jobs.sources import open_source
-from ray_jobs.spec import Spec, load_spec
+from ray_jobs.spec import Spec
+from ray_jobs.spec_file import load_spec
 from tasks import accounts
 from tasks.cron import next_times
 from tasks.outcome import promotion_answer

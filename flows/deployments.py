@@ -13,7 +13,8 @@ from prefect.states import Completed
 from flows import commands
 from flows.retrain import retrain
 from infra.errors import ServiceError, UserError
-from ray_jobs.spec import Spec, parse_spec
+from ray_jobs.spec import Spec
+from ray_jobs.spec_file import parse_spec
 from tasks.deployments import end_as_failed
 from tasks.heartbeat import with_heartbeat
 from tasks.notifying import tell_of_failure

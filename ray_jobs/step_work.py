@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ray_jobs.search_space import TrialConfig
-from ray_jobs.spec import parse_spec
+from ray_jobs.spec_file import parse_spec
 from ray_jobs.watch import Watch
 
 Plain = dict[str, Any]

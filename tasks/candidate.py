@@ -7,7 +7,7 @@ from typing import Any
 from infra import registry
 from infra.errors import UserError
 from infra.object_store import object_store
-from ray_jobs.spec import parse_spec
+from ray_jobs.spec_file import parse_spec
 from tasks.ledger_book import ARTIFACT, open_book
 from tasks.lineage import read_lineage
 from tasks.serving import check_published

@@ -16,7 +16,8 @@ from infra.committed_folder import commit
 from infra.object_store import ObjectStore, join_uri
 from ray_jobs import backbone, prepare
 from ray_jobs.fit_plan import Plan, plan_fit
-from ray_jobs.spec import Spec, parse_spec
+from ray_jobs.spec import Spec
+from ray_jobs.spec_file import parse_spec
 from tests.strategies import write_folder
 
 BACKBONE = "test_efficientnet"

@@ -23,7 +23,8 @@ from infra.lease import this_machine
 from infra.object_store import S3ObjectStore, join_uri, object_store
 from infra.progress import ignore
 from infra.settings import user
-from ray_jobs.spec import Spec, parse_spec
+from ray_jobs.spec import Spec
+from ray_jobs.spec_file import parse_spec
 from tests import small_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # Ray's own warnings are not ours to mend

@@ -13,7 +13,8 @@ from infra.committed_folder import verify
 from infra.errors import UserError
 from infra.object_store import S3ObjectStore, object_store
 from ray_jobs.dataset import open_dataset
-from ray_jobs.spec import Spec, load_spec, parse_spec
+from ray_jobs.spec import Spec
+from ray_jobs.spec_file import load_spec, parse_spec
 from tests.strategies import SPLITS, below, png, two_classes, write_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # Ray's own warnings are not ours to mend

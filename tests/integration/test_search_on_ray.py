@@ -23,7 +23,8 @@ from infra.committed_folder import commit, verify
 from infra.errors import UserError
 from infra.object_store import object_store
 from ray_jobs.search_engine import OVER_BUDGET
-from ray_jobs.spec import BackboneSpec, Spec, parse_spec
+from ray_jobs.spec import BackboneSpec, Spec
+from ray_jobs.spec_file import parse_spec
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # Ray's own warnings are not ours
 BUCKET = "unfreeze"

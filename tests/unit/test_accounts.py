@@ -15,7 +15,8 @@ from infra import logs, newest, usage
 from infra.errors import ServiceError
 from infra.object_store import object_store
 from infra.usage import Usage
-from ray_jobs.spec import Spec, parse_spec
+from ray_jobs.spec import Spec
+from ray_jobs.spec_file import parse_spec
 from tasks import accounts
 from tasks.accounts import of_run, of_step, with_account
 from tasks.policies import _accounted

@@ -19,7 +19,8 @@ from infra.progress import ignore
 from ray_jobs import evaluate, prepare
 from ray_jobs.dataset import open_dataset
 from ray_jobs.images import Range
-from ray_jobs.spec import Spec, parse_spec
+from ray_jobs.spec import Spec
+from ray_jobs.spec_file import parse_spec
 from tasks.evidence import Gathered, gather, holdout_digest, plain_gathered
 from tasks.gate import judge
 from tests.fakes import MemoryObjectStore

@@ -29,7 +29,8 @@ from ray_jobs.fingerprints import FINGERPRINT_BYTES, fingerprint
 from ray_jobs.prepare import Facts, Row, assemble, shards_of, split_of, version_of
 from ray_jobs.promotion_spec import PromotionSpec
 from ray_jobs.sources import Item, Listing, Rejected
-from ray_jobs.spec import Spec, parse_spec
+from ray_jobs.spec import Spec
+from ray_jobs.spec_file import parse_spec
 from tests import strategies
 from tests.fakes import MemoryObjectStore
 from tests.strategies import SPLITS, data_spec, encoded, png, two_classes, write_folder, write_zip
@@ -385,7 +386,7 @@ def test_preparing_and_reading_load_neither_torch_nor_ray_nor_pandas(tmp_path: P
     source = write_folder(tmp_path / "pets", two_classes())
     code = "\n".join([
         "import sys; from pathlib import Path",
-        "from ray_jobs import prepare; from ray_jobs.spec import parse_spec; from ray_jobs.dataset import open_dataset",
+        "from ray_jobs import prepare; from ray_jobs.spec_file import parse_spec; from ray_jobs.dataset import open_dataset",
         "from tests.fakes import MemoryObjectStore",
         f"spec = parse_spec({spec_of(source).model_dump(mode='json', exclude_none=True)!r})",
         "store = MemoryObjectStore(); result = prepare.prepare(spec, print, make_store=lambda: store)",

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from infra.errors import UserError
 from ray_jobs.room import Demand, Machine, demand_now, fit_demand, missing_for, places, require, require_room, trial_resources
-from ray_jobs.spec import Spec, parse_spec
+from ray_jobs.spec import Spec
+from ray_jobs.spec_file import parse_spec
 
 MACHINES = st.lists(st.fixed_dictionaries({"CPU": st.integers(0, 4).map(float), "GPU": st.integers(0, 2).map(float)}), max_size=3)
 EACH = st.fixed_dictionaries({"CPU": st.integers(1, 3).map(float)}, optional={"GPU": st.sampled_from([0.25, 0.5, 1.0])})

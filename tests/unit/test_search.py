@@ -13,7 +13,8 @@ from infra.errors import UserError
 from ray_jobs import search
 from ray_jobs.search import Epoch, TrialRecord
 from ray_jobs.search_space import TrialConfig
-from ray_jobs.spec import Spec, parse_spec
+from ray_jobs.spec import Spec
+from ray_jobs.spec_file import parse_spec
 
 
 def record(number: int, depth: int, lr: float, *accuracies: float, loss: float = 1.0) -> TrialRecord:

@@ -9,7 +9,8 @@ import pytest
 
 from infra import tracking
 from ray_jobs.plan_on_ray import trials_by_depth
-from ray_jobs.spec import Spec, parse_spec
+from ray_jobs.spec import Spec
+from ray_jobs.spec_file import parse_spec
 from tasks import outcome, publishing
 from tasks.features import together
 from tasks.planning import whole_plan

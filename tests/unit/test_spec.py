@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from infra.errors import UserError
-from ray_jobs.spec import Spec, load_spec, parse_spec
+from ray_jobs.spec import Spec
+from ray_jobs.spec_file import load_spec, parse_spec
 
 MINIMAL = {"name": "pets", "data": {"source": "pets.zip"}, "backbone": {"name": "resnet18"}}
 
