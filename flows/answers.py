@@ -10,7 +10,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console, Group
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, JustifyMethod
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.panel import Panel
@@ -107,10 +108,13 @@ def search(answer: dict[str, Any]) -> Group:
     """The leaderboard of a search, and what it cost."""
     best, trials = answer["search"]["best"], answer["trials_detail"]
     found = f"best: {_backbone(best)}depth {best['unfreeze_depth']}, lr {best['lr']:.2g}, val {_percent(best['accuracy'])}"
-    table = Table(title=f"{len(trials)} trials in {answer['search']['seconds']:.0f} s; {found}")
+    title = f"{len(trials)} trials in {answer['search']['seconds']:.0f} s; {found}"
     varied = [name for name in OTHER_DIMENSIONS if len({trial[name] for trial in trials}) > 1]
-    for column in ("depth", "lr", *(name.replace("_", " ") for name in varied), "val accuracy", "epochs", "status", "seconds"):
-        table.add_column(column, justify="left" if column in ("status", "backbone") else "right", overflow="fold")  # names must stay whole
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=0 if len(varied) > 3 else (0, 1))
+    for name in ("depth", "lr", *varied, "val", "epochs", "status", "s"):
+        justify: JustifyMethod = "left" if name in ("status", "backbone") else "right"
+        whole = name != "backbone"  # which a narrow terminal breaks; numbers stay whole
+        table.add_column(name.replace("_", "\n"), justify=justify, overflow="fold", no_wrap=whole, min_width=None if whole else 8)
     shown = sorted(trials, key=lambda row: -(row["accuracy"] if row["accuracy"] is not None else -1))[:LEADERS]
     for trial in shown:
         others = [f"{trial[name]:.2g}" if isinstance(trial[name], float) else str(trial[name]) for name in varied]
