@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import getpass
+import os
 import socket
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, ByteSize, Field, SecretStr, TypeAdapter, ValidationError
+from pydantic import AfterValidator, AliasChoices, ByteSize, Field, SecretStr, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infra import addresses
@@ -17,15 +19,37 @@ ServiceName = Literal["s3", "mlflow", "prefect", "ray"]
 SERVICES: tuple[ServiceName, ...] = get_args(ServiceName)
 
 
+def _has_a_host(address: str) -> str:
+    if address.startswith(("http://", "https://")):
+        parts = urlsplit(address)  # a ValueError of its own where it cannot be read
+        _ = parts.port
+        if not parts.hostname or any(map(str.isspace, address)):
+            raise ValueError("not a web address")
+    return address
+
+
+def _names_a_cluster(address: str) -> str:
+    if "://" not in address and address not in {"auto", "local"}:
+        parts = urlsplit(f"//{address}")
+        if not parts.hostname or parts.port is None:
+            raise ValueError("neither HOST:PORT nor the http:// address of a job server")
+    return address
+
+
+Address = Annotated[str, AfterValidator(_has_a_host)]
+
+
 class Settings(BaseSettings):
     """The environment of one process, read once when constructed; a set-but-empty variable counts as not set."""
 
     model_config = SettingsConfigDict(env_prefix="UNFREEZE_", env_ignore_empty=True, extra="ignore")
 
-    aws_endpoint_url: str | None = Field(default=None, validation_alias=AliasChoices("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
-    mlflow_tracking_uri: str | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI")
-    prefect_api_url: str | None = Field(default=None, validation_alias="PREFECT_API_URL")
-    ray_address: str | None = Field(default=None, validation_alias=AliasChoices("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"))
+    aws_endpoint_url: Address | None = Field(default=None, validation_alias=AliasChoices("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
+    mlflow_tracking_uri: Address | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI")
+    prefect_api_url: Address | None = Field(default=None, validation_alias="PREFECT_API_URL")
+    ray_address: Annotated[Address, AfterValidator(_names_a_cluster)] | None = Field(
+        default=None, validation_alias=AliasChoices("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+    )
 
     home: Path = Field(default=Path(".unfreeze"), description="State of the embedded stack.")
     cache_dir: Path | None = Field(default=None, description="Scratch of this machine; the default is `cache` in the home.")
@@ -56,8 +80,21 @@ def load() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        mistakes = [f"UNFREEZE_{str(mistake['loc'][0]).upper()}={mistake['input']}: {mistake['msg']}" for mistake in error.errors()]
-        raise UserError("\n".join(mistakes), "Correct or unset the variable.") from None
+        raise UserError("\n".join(_describe(mistake) for mistake in error.errors()), "Correct or unset the variable.") from None
+
+
+def _describe(mistake: Any) -> str:
+    value = str(mistake["input"]).rpartition("@")[2]  # what may carry a password is not shown
+    return f"{_variable(str(mistake['loc'][0]))}={value}: {mistake['msg'].removeprefix('Value error, ')}"
+
+
+def _variable(name: str) -> str:
+    """The variable of a setting, by the name that pydantic has for it; a tool's own has two where the more special one goes before."""
+    for field in Settings.model_fields.values():
+        names = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else [field.validation_alias]
+        if name in names:
+            return next((str(one) for one in names if os.environ.get(str(one))), name)
+    return f"UNFREEZE_{name.upper()}"
 
 
 def home_dir() -> Path:

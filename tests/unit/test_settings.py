@@ -78,3 +78,22 @@ def test_a_wrong_value_is_named_with_its_variable(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("UNFREEZE_NUM_CPUS", "many")
     with pytest.raises(UserError, match="UNFREEZE_NUM_CPUS=many"):
         settings.load()
+
+
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "RAY_ADDRESS"])
+@pytest.mark.parametrize("address", ["http://[bad", "http://me:secret@host:port", "http://", "https://a host/"])
+def test_an_address_that_cannot_be_one_is_named_with_its_variable(monkeypatch: pytest.MonkeyPatch, variable: str, address: str) -> None:
+    monkeypatch.setenv(variable, address)
+    with pytest.raises(UserError, match=rf"^{variable}=") as raised:
+        settings.load()
+    assert "secret" not in str(raised.value)
+
+
+def test_a_cluster_without_a_port_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for address in ("nonsense", "head:port", ":6379"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(UserError, match=rf"^RAY_ADDRESS={address}: "):
+            settings.load()
+    for address in ("head:6379", "[::1]:6379", "auto", "local", "ray://head:10001", "http://head:8265"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert settings.load().ray_address == address
