@@ -26,7 +26,7 @@ FIT_CODE_VERSION = 1
 WARMUP_SHARE = 0.15
 FIRST_LR_SHARE, LAST_LR_SHARE = 0.04, 0.001
 LEAST_IMAGES = 8
-"""A step of fewer images on a worker leaves it waiting for the others most of the time, and batch norm with poor statistics."""
+"""Batch norm takes its statistics from one worker's images of a step; of fewer than these they are poor."""
 MEMORY_BUDGET_BYTES = 4 * 1024**3
 
 Ints = npt.NDArray[np.int64]

@@ -4,7 +4,6 @@ waits, and finds everything done. The night that is still running when somebody 
 from __future__ import annotations
 
 import functools
-import inspect
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -27,8 +26,6 @@ def with_turn(function: FlowFunction) -> FlowFunction:
         with lease.hold(object_store(), join_uri(spec.storage, "leases", "specs", spec.name, spec.digest), _say):
             return function(spec, *args, **kwargs)
 
-    # Prefect reads annotations by the globals of what it is given, which here are this module's
-    in_turn.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
     return cast(FlowFunction, in_turn)
 
 

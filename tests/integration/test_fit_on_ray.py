@@ -27,6 +27,7 @@ from ray_jobs import backbone, checkpoint, fit_on_ray
 from ray_jobs.evaluate_on_ray import evaluate
 from ray_jobs.fit import Rank, train
 from ray_jobs.fit_on_ray import run_fit
+from ray_jobs.fit_plan import plan_fit
 from ray_jobs.spec import Spec
 from ray_jobs.watch import Watch
 from tasks.evidence import gather
@@ -95,6 +96,26 @@ def test_two_workers_train_what_is_not_frozen_and_the_result_is_kept(
     model = backbone.create(world.backbone["name"], image_size=32, num_classes=3, seed=0)
     assert moved & {name for name, _ in model.named_parameters()} == backbone.trainable_names(model, 1)
     assert fitted(world, world.spec) == result
+
+
+def test_a_fit_that_falls_short_of_its_trial_is_made_once_more_without_augmentation(world: FitWorld, store: S3ObjectStore) -> None:
+    """At a learning rate of next to nothing neither fit comes near to the trial."""
+    spec, best = seeded(world, 5), {**world.search["best"], "lr": 1e-9, "accuracy": 1.0}
+    said: list[str] = []
+    told: list[float] = []
+    watch = Watch(lambda done, total: told.append(done / total), said.append)
+    result = run_fit(spec, world.dataset, world.backbone, {**world.search, "best": best}, watch)
+    (line,) = said
+    assert line.startswith("The fit with augmentation photo falls short of its trial in the search")
+    assert (result["fits"], result["falls_short"]) == (2, True)
+    assert "with augmentation none" in result["chosen_reason"]
+    assert 0.5 in told
+    assert told[-1] == 1.0
+    plain = spec.model_copy(update={"fit": spec.fit.model_copy(update={"augmentation": "none"})})
+    for one in (spec, plain):
+        plan = plan_fit(one, world.dataset, world.backbone, {**world.search, "best": best})
+        assert store.exists(f"{plan.fit_uri}/result.json")
+    assert run_fit(spec, world.dataset, world.backbone, {**world.search, "best": best}, Watch()) == result
 
 
 def test_a_fit_whose_worker_is_killed_equals_an_undisturbed_one(world: FitWorld, store: S3ObjectStore) -> None:

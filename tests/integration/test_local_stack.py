@@ -279,6 +279,23 @@ def test_a_command_shares_a_standing_stack_and_leaves_it_standing(standing: dict
     assert {part["state"] for part in local_stack.status().values()} == {"running"}
 
 
+def test_a_server_that_is_only_slow_is_not_taken_for_stopped(standing: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    server, ask, answers = psutil.Process(stack_file.read(standing["home"]).servers["s3"].leader.pid), services.is_healthy, []
+
+    def asked(service: Any, site: services.Site) -> bool:
+        if service == "s3":
+            answers.append(ask(service, site))
+            server.resume()  # once it was asked in vain
+            return answers[-1]
+        return ask(service, site)
+
+    monkeypatch.setattr(services, "is_healthy", asked)
+    server.suspend()
+    assert not local_stack.is_stopped("s3")
+    assert local_stack.status()["s3"]["state"] == "running"
+    assert not answers[0]
+
+
 def test_commands_that_make_one_bucket_at_once_all_find_it(standing: dict[str, Any]) -> None:
     site = local_stack._site(standing["home"], stack_file.read(standing["home"]))
     with ThreadPoolExecutor(8) as pool:

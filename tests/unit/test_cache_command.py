@@ -90,6 +90,18 @@ def test_what_a_killed_pass_left_goes_once_it_is_a_day_old(store: MemoryObjectSt
     assert len(cache.show(STORAGE)["sets"]) == 2
 
 
+def test_a_selection_that_cannot_be_read_any_more_keeps_nothing_from_being_pruned_and_goes(store: MemoryObjectStore) -> None:
+    selections = {
+        uri.split("/")[5] for uri in store.objects if "/features/" in uri and "/uses/" not in uri and "-" not in uri.split("/")[5]
+    }
+    for name in selections:
+        for uri in [uri for uri in store.objects if f"/features/{name}/" in uri and not uri.endswith("MANIFEST.json")]:
+            store.objects[uri] = b"x" * len(store.objects[uri])
+    cache.prune(STORAGE, older_than_days=5, to_bytes=None, dry_run=False)
+    assert [row["unfreeze_depth"] for row in cache.show(STORAGE)["sets"]] == [1]
+    assert not {uri.split("/")[5] for uri in store.objects if "/features/" in uri} & selections
+
+
 def test_pruning_this_machine_leaves_s3(store: MemoryObjectStore) -> None:
     before = dict(store.objects)
     assert len(cache.prune(None, older_than_days=None, to_bytes=0, dry_run=False)["removed"]) == 2

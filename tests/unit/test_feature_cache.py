@@ -251,6 +251,18 @@ def test_the_least_recently_used_copies_go_first_and_what_is_mapped_stays_valid(
     assert len(local_copies(tmp_path)) == 1
 
 
+def test_a_copy_goes_though_somebody_was_killed_while_throwing_away_an_earlier_one(tmp_path: Path) -> None:
+    store = MemoryObjectStore()
+    open_features(write_all(store), store, tmp_path)
+    (copy,) = local_copies(tmp_path)
+    left = copy.path.with_suffix(".gone")
+    left.mkdir()
+    (left / "v0.npy").write_bytes(b"x")
+    assert remove(copy)
+    assert not copy.path.exists()
+    assert not left.exists()
+
+
 @given(st.lists(st.integers(1, 100)), st.integers(-10, 500))
 def test_eviction_frees_what_it_must_and_no_more(sizes: list[int], budget: int) -> None:
     copies = [LocalCopy(Path(str(i)), size, float(i)) for i, size in enumerate(sizes)]

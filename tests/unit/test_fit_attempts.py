@@ -70,3 +70,21 @@ def test_every_decision_has_a_reason(outcome: Outcome, failures: int) -> None:
     decision = after(outcome, failures)
     assert decision.reason
     assert decision.again or decision.is_failure
+
+
+def test_a_worker_that_does_not_answer_says_nothing_of_why_and_one_that_died_does() -> None:
+    """Ray says the first of a machine that is gone long before it says that; its peers then only tell that they lost it."""
+    from ray.exceptions import ActorDiedError, ActorUnavailableError
+
+    from ray_jobs.fit_on_ray import _says_why
+
+    def failed(*causes: Exception) -> Exception:
+        error = Exception("the fit failed")
+        error.worker_failures = dict(enumerate(causes))  # type: ignore[attr-defined]
+        return error
+
+    lost, silent, dead = RuntimeError("connection closed by peer"), ActorUnavailableError("no answer", None), ActorDiedError()
+    assert not _says_why(failed(silent), 2)
+    assert not _says_why(failed(lost, silent), 2)
+    assert _says_why(failed(dead), 2)
+    assert _says_why(failed(lost, dead), 2)
